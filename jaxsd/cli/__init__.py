@@ -1,0 +1,55 @@
+"""The command line: options in dataclasses (tyro), one file for each command, no logic."""
+
+import importlib
+import os
+import sys
+import warnings
+
+COMMANDS = {
+    "sample": "make pictures from prompts",
+    "train": "train a model",
+    "evaluate": "measure a model of digits against the held-out scans",
+}
+
+
+def main() -> None:
+    """Entry point of `jaxsd COMMAND` and `python -m jaxsd COMMAND`."""
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        run_command(sys.argv[1], sys.argv[2:])
+        return
+    lines = [f"  {name:10} {what}" for name, what in COMMANDS.items()]
+    usage = "\n".join(["usage: jaxsd COMMAND [OPTIONS]", "", *lines, ""])
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(usage)
+        return
+    print(usage, file=sys.stderr)
+    sys.exit(2)
+
+
+def run_command(name: str, argv: list[str] | None = None) -> None:
+    """Runs one command; an error that the user can mend becomes one line and exit status 2."""
+    from jaxsd.errors import JaxsdError
+
+    warnings.showwarning = _one_line_warning
+    try:
+        _use_compilation_cache()
+        importlib.import_module(f"jaxsd.cli.{name}").main(argv)
+    except JaxsdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _one_line_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a second call starts at once."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxsd", "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

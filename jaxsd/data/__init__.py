@@ -1,0 +1,72 @@
+"""Data sources and the batches made of them: a pure function of a seed and a step.
+
+A source is a function `split -> grain.MapDataset` of elements (dicts of arrays, ints and strings)
+given a seed; to add one, write it in a file of this folder and name it in SOURCES.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxsd.errors import JaxsdError
+
+Batch = dict[str, np.ndarray]
+
+
+def digit_scans(split: str, seed: int) -> Any:
+    """8x8 scans: {"image": float32 [8, 8, 1] in [-1, 1], "label": int}, shuffled, endless."""
+    import grain
+
+    from jaxsd.data.digits import ScanSource
+
+    return grain.MapDataset.source(ScanSource(split)).seed(seed).shuffle().repeat()
+
+
+def digit_pictures(split: str, seed: int) -> Any:
+    """Coloured, captioned 32x32 pictures of the scans: {"image": [32, 32, 3], "caption": str}."""
+    import grain
+
+    from jaxsd.data.digits import PictureSource, make_picture
+
+    source = grain.MapDataset.source(PictureSource(split)).seed(seed).shuffle().repeat()
+    return source.random_map(make_picture)
+
+
+SOURCES: dict[str, Callable[[str, int], Any]] = {
+    "digit-scans": digit_scans,
+    "digits": digit_pictures,
+}
+
+
+def elements(name: str, split: str, seed: int) -> Any:
+    """The endless, shuffled elements of a source; element i depends on the seed and i alone."""
+    if name not in SOURCES:
+        raise JaxsdError(f"unknown data {name!r}; there are {', '.join(SOURCES)}")
+    return SOURCES[name](split, seed)
+
+
+def batches(
+    dataset: Any,
+    batch_size: int,
+    start: int,
+    stop: int,
+    tokenize: Callable[[str], np.ndarray] | None = None,
+) -> Iterator[Batch]:
+    """Batches number `start` ... `stop` - 1, made ahead of their use in two threads.
+
+    Batch i is the same whatever the start, so a resumed training sees what an uninterrupted one
+    would. With `tokenize`, "caption" becomes "input_ids".
+    """
+    import grain
+
+    def convert(element: dict) -> dict:
+        element = dict(element)
+        caption = element.pop("caption", None)
+        if tokenize is not None:
+            element["input_ids"] = tokenize(caption)
+        return element
+
+    chosen = dataset.slice(slice(start * batch_size, stop * batch_size)).map(convert)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch_size)
+    yield from chosen.to_iter_dataset(options).batch(batch_size, drop_remainder=True)

@@ -1,0 +1,1 @@
+"""The diffusion process: schedules, guidance, samplers; knows the network only as a callable."""

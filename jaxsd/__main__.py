@@ -1,0 +1,5 @@
+"""`python -m jaxsd` is `jaxsd`."""
+
+from jaxsd.cli import main
+
+main()

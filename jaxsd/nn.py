@@ -1,0 +1,287 @@
+"""Layers with PyTorch's names and layouts, and `Net`, which applies them to a flat dict of arrays.
+
+A module holds code and the *shapes* of its parameters, never arrays. Parameters travel as
+`Params`, a flat dict keyed by the PyTorch name (`down_blocks.0.resnets.1.conv1.weight`) in the
+PyTorch layout (Linear [out, in], Conv2d [out, in, kh, kw]); activations are NHWC. So a state dict
+read from a file *is* the pytree that goes through `jax.jit`, `jax.grad`, optax and Orbax.
+"""
+
+import contextlib
+import contextvars
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+Params = dict[str, jax.Array]
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+# --- Initialisers: (key, shape) -> float32 array ---------------------------------------------
+
+
+def fan_in_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for Linear and Conv2d weights."""
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def normal(stddev: float) -> Initializer:
+    def init(key, shape):
+        return stddev * jax.random.normal(key, shape, jnp.float32)
+
+    return init
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.ones(shape, jnp.float32)
+
+
+def parameter(shape: tuple[int, ...], initializer: Initializer) -> nnx.Param:
+    """Declares a parameter by its shape alone; `Net.init` calls the initialiser."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), initializer=initializer)  # pyright: ignore
+
+
+# --- Layers ----------------------------------------------------------------------------------
+
+
+class Linear(nnx.Module):
+    """[..., in] -> [..., out]; weight [out, in]."""
+
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool = True, init: Initializer = fan_in_uniform
+    ):
+        self.weight = parameter((outputs, inputs), init)
+        self.bias = parameter((outputs,), zeros) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Flat, because XLA's CPU backend takes a fast matrix product only for two plain axes: three
+        # times faster through the gradient than contracting "...i,oi->...o".
+        flat = x.reshape(-1, x.shape[-1]) @ self.weight[...].astype(x.dtype).T
+        x = flat.reshape(*x.shape[:-1], flat.shape[-1])
+        return x if self.bias is None else x + _last_axis(self.bias, x)
+
+
+class Conv2d(nnx.Module):
+    """[b, h, w, in] -> [b, h', w', out]; weight [out, in, kh, kw]."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        padding: int | tuple[tuple[int, int], tuple[int, int]] = 0,
+        bias: bool = True,
+        init: Initializer = fan_in_uniform,
+    ):
+        self.stride = stride
+        self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        self.weight = parameter((outputs, inputs, kernel, kernel), init)
+        self.bias = parameter((outputs,), zeros) if bias else None
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        x = jax.lax.conv_general_dilated(
+            x,
+            self.weight[...].astype(x.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=self.padding,
+            dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        )
+        return x if self.bias is None else x + _last_axis(self.bias, x)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises [b, ..., c] over space and each group of channels; statistics in float32."""
+
+    def __init__(self, groups: int, channels: int, eps: float):
+        self.groups, self.eps = groups, eps
+        self.weight = parameter((channels,), ones)
+        self.bias = parameter((channels,), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - self._group_mean(y)
+        y = y * jax.lax.rsqrt(self._group_mean(jnp.square(y)) + self.eps)
+        return (y * _last_axis(self.weight, y) + _last_axis(self.bias, y)).astype(x.dtype)
+
+    def _group_mean(self, x: jax.Array) -> jax.Array:
+        """[b, ..., c] -> [b, 1 ..., c]: each channel's group mean.
+
+        Channels are summed over space first: splitting the big tensor's last axis into groups
+        costs a copy on every backend.
+        """
+        means = x.mean(tuple(range(1, x.ndim - 1))).reshape(x.shape[0], self.groups, -1).mean(-1)
+        means = jnp.repeat(means, x.shape[-1] // self.groups, axis=-1)
+        return means.reshape(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis; statistics in float32."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        self.eps = eps
+        self.weight = parameter((channels,), ones)
+        self.bias = parameter((channels,), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * _last_axis(self.weight, y) + _last_axis(self.bias, y)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Integer ids [...] -> vectors [..., channels]; weight [rows, channels]."""
+
+    def __init__(self, rows: int, channels: int, init: Initializer):
+        self.weight = parameter((rows, channels), init)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.weight[...][ids]
+
+
+class Dropout(nnx.Module):
+    """Zeroes a share `rate` of the entries inside `dropout_keys`; the identity elsewhere."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        keys = _dropout_keys.get()
+        if keys is None or self.rate == 0:
+            return x
+        kept = jax.random.bernoulli(next(keys), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+_dropout_keys: contextvars.ContextVar[Iterator[jax.Array] | None] = contextvars.ContextVar(
+    "dropout_keys", default=None
+)
+
+
+@contextlib.contextmanager
+def dropout_keys(key: jax.Array | None):
+    """While a module is traced inside this context, each `Dropout` call gets a key of its own."""
+    count = iter(range(1 << 31))
+    token = _dropout_keys.set(None if key is None else (jax.random.fold_in(key, i) for i in count))
+    try:
+        yield
+    finally:
+        _dropout_keys.reset(token)
+
+
+def _last_axis(variable: nnx.Param, like: jax.Array) -> jax.Array:
+    """A per-channel vector with the dtype and (explicitly, not by promotion) the rank of `like`."""
+    return variable[...].astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+# --- Functions -------------------------------------------------------------------------------
+
+
+def attention(
+    q: Float[Array, "b t hd"],
+    k: Float[Array, "b s hd"],
+    v: Float[Array, "b s hd"],
+    heads: int,
+    causal: bool = False,
+) -> Float[Array, "b t hd"]:
+    """softmax(q k^T / sqrt(d)) v for each head; the one place where a backend is chosen."""
+    split = [x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v)]  # [b, t, h, d]
+    return jax.nn.dot_product_attention(*split, is_causal=causal).reshape(q.shape)
+
+
+def upsample_nearest(
+    x: Float[Array, "b h w c"], size: tuple[int, int]
+) -> Float[Array, "b h2 w2 c"]:
+    """Nearest-neighbour resizing with torch's index rule, floor(i * in / out)."""
+    b, h, w, c = x.shape
+    if size == (2 * h, 2 * w):  # a broadcast is cheaper than a gather
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        return x.reshape(b, 2 * h, 2 * w, c)
+    rows, columns = (np.arange(out) * n // out for n, out in zip((h, w), size, strict=True))
+    return x[:, rows][:, :, columns]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact (erf) GELU, as in GEGLU; the tanh form is off by 1e-4."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x), as in OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": gelu, "quick_gelu": quick_gelu}
+
+
+# --- Net -------------------------------------------------------------------------------------
+
+
+class Net:
+    """A module as a pure function of a flat parameter dict.
+
+    net = Net(UNet(config))
+    params = net.init(jax.random.key(0))        # or read from a file
+    out = net(params, sample, timestep, encoder_hidden_states)
+
+    `shapes` maps every parameter name to its shape. Calling with a dict that lacks a name raises
+    KeyError; loading checks names and shapes with every mismatch listed (`jaxsd.weights`).
+    """
+
+    def __init__(self, module: nnx.Module):
+        self.config = getattr(module, "config", None)
+        self._graph, state = nnx.split(module)
+        leaves, self._tree = jax.tree_util.tree_flatten_with_path(
+            state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+        self._initializers: dict[str, Initializer] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._metadata = []
+        for path, variable in leaves:
+            name = ".".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
+            self._initializers[name] = variable.get_metadata()["initializer"]
+            self.shapes[name] = tuple(variable.get_raw_value().shape)
+            self._metadata.append(variable)
+
+    def __call__(
+        self,
+        params: Params,
+        *inputs: Any,
+        method: str = "__call__",
+        dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Applies the module (or its `method`); dropout is active only with a `dropout_key`."""
+        variables = [
+            variable.replace(params[name])
+            for name, variable in zip(self.shapes, self._metadata, strict=True)
+        ]
+        module = nnx.merge(self._graph, jax.tree_util.tree_unflatten(self._tree, variables))
+        with dropout_keys(dropout_key):
+            return getattr(module, method)(*inputs, **kwargs)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters; each depends on the key and its own name only."""
+        return {
+            name: self._initializers[name](
+                jax.random.fold_in(key, zlib.crc32(name.encode())), shape
+            )
+            for name, shape in self.shapes.items()
+        }
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())

@@ -1,0 +1,203 @@
+"""Names, shapes and counts of the published configurations equal torch's (no weights made)."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from diffusers import AutoencoderKL as TorchVAE
+from diffusers import UNet2DConditionModel as TorchUNet
+from torch_reference import names_and_shapes
+
+from jaxsd.errors import JaxsdError
+from jaxsd.models import (
+    AutoencoderKL,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxsd.nn import Net
+
+# The config.json files of Stable Diffusion 1.5.
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+TEXT = {
+    "_name_or_path": "openai/clip-vit-large-patch14",
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "projection_dim": 768,
+    "torch_dtype": "float32",
+    "transformers_version": "4.22.0.dev0",
+    "vocab_size": 49408,
+}
+# A class-conditional network over pixels, in plain and self-attention blocks.
+PIXELS = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [64, 128, 128],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 32,
+    "class_embed_type": "simple_projection",
+    "projection_class_embeddings_input_dim": 10,
+}
+CLIP_SIZES = {"B/32": (512, 8, 768, 12, 32, 512), "L/14": (768, 12, 1024, 16, 14, 768)}
+
+
+def torch_model(cls, config):
+    with torch.device("meta"):
+        return cls.from_config(config)
+
+
+def torch_text(config):
+    with torch.device("meta"):
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(dict(config)))
+
+
+@pytest.mark.parametrize(
+    "ours, config_class, theirs, config, size",
+    [
+        (UNet, UNetConfig, TorchUNet, UNET, 859_520_964),
+        (UNet, UNetConfig, TorchUNet, PIXELS, None),
+        (AutoencoderKL, VAEConfig, TorchVAE, VAE, 83_653_863),
+    ],
+    ids=["unet", "class-conditional unet", "vae"],
+)
+def test_diffusers_models(ours, config_class, theirs, config, size):
+    expected = torch_model(theirs, config)
+    ours_config = config_class.from_json(config)
+    net = Net(ours(ours_config))
+    assert net.shapes == names_and_shapes(expected)
+    assert size is None or net.size == size
+
+    # What we write, diffusers opens as the same model; what it writes in full, we read.
+    written = ours_config.to_json()
+    assert names_and_shapes(torch_model(theirs, written)) == net.shapes
+    assert config_class.from_json(written) == ours_config
+    in_full = {k: list(v) if isinstance(v, tuple) else v for k, v in expected.config.items()}
+    assert config_class.from_json(in_full) == ours_config
+
+
+def test_inpainting_unet_size():
+    config = UNetConfig.from_json({**UNET, "in_channels": 9})
+    assert Net(UNet(config)).size == 859_535_364
+
+
+def test_text_tower():
+    config = CLIPTextConfig.from_json(TEXT)
+    net = Net(CLIPTextModel(config))
+    assert net.size == 123_060_480
+    for values in (TEXT, config.to_json()):
+        # transformers leaves out this prefix since 5.6; files from before, and ours, have it.
+        assert names_and_shapes(torch_text(values), "text_model.") == net.shapes
+    assert CLIPTextConfig.from_json(config.to_json()) == config
+    assert CLIPTextConfig.from_json(torch_text(TEXT).config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name, size", [("B/32", 151_277_313), ("L/14", 427_616_513)])
+def test_both_towers(name, size):
+    text_width, text_heads, width, heads, patch, projection = CLIP_SIZES[name]
+    text = CLIPTextConfig(
+        hidden_size=text_width,
+        intermediate_size=4 * text_width,
+        num_attention_heads=text_heads,
+        projection_dim=projection,
+    )
+    layers = 12 if name == "B/32" else 24
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        patch_size=patch,
+        projection_dim=projection,
+    )
+    reference = transformers.CLIPConfig(
+        text_config=text.to_json(), vision_config=vision.to_json(), projection_dim=projection
+    )
+    with torch.device("meta"):
+        expected = transformers.CLIPModel(reference)
+    net = Net(CLIPModel(text, vision))
+    assert net.shapes == names_and_shapes(expected)
+    assert net.size == size == sum(map(math.prod, net.shapes.values()))
+
+
+@pytest.mark.parametrize(
+    "config_class, config, change",
+    [
+        (UNetConfig, UNET, {"use_linear_projection": True}),
+        (UNetConfig, UNET, {"time_cond_proj_dim": 256}),
+        (UNetConfig, UNET, {"attention_head_dim": [5, 10, 20, 20]}),
+        (UNetConfig, UNET, {"option_of_tomorrow": 3}),
+        (UNetConfig, UNET, {"class_embed_type": "timestep"}),
+        (VAEConfig, VAE, {"use_quant_conv": False}),
+        (VAEConfig, VAE, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}),
+        (CLIPTextConfig, TEXT, {"hidden_act": "relu"}),
+    ],
+)
+def test_an_unsupported_option_is_refused(config_class, config, change):
+    with pytest.raises(JaxsdError, match=next(iter(change))) as error:
+        config_class.from_json({**config, **change}, where="here/config.json")
+    assert str(error.value).startswith("here/config.json: ") and "\n" not in str(error.value)
+
+
+def test_all_unsupported_options_are_listed_at_once():
+    with pytest.raises(JaxsdError, match="use_linear_projection.*num_class_embeds"):
+        UNetConfig.from_json({**UNET, "use_linear_projection": True, "num_class_embeds": 7})
+    with pytest.raises(JaxsdError, match="sample_size"):
+        UNetConfig.from_json({k: v for k, v in UNET.items() if k != "sample_size"})
+    with pytest.raises(JaxsdError, match="ResnetDownsampleBlock2D"):
+        UNetConfig.from_json({**UNET, "down_block_types": ["ResnetDownsampleBlock2D"] * 4})

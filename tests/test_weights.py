@@ -1,0 +1,291 @@
+"""Weights come back as they were saved, and a file that does not fit or is broken is refused."""
+
+import json
+import os
+import struct
+import tracemalloc
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsd import weights
+from jaxsd.errors import JaxsdError
+from jaxsd.weights import DIFFUSERS_FILE, TRANSFORMERS_FILE
+from jaxsd.weights.tensors import LISTED
+
+SHAPES = {"conv.weight": (4, 3, 2, 2), "conv.bias": (4,), "logit_scale": (), "empty": (0, 3)}
+
+
+def params_like(shapes, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
+        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]))
+
+
+def raw_file(path, header, data=b"", length=None):
+    """A safetensors file that says what we like."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def refused(function, *args, **kwargs) -> str:
+    """The message of the JaxsdError that the call must raise: a single line."""
+    with pytest.raises(JaxsdError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- Round trips -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", [DIFFUSERS_FILE, TRANSFORMERS_FILE, "any.fp16.safetensors"])
+def test_round_trip(tmp_path, dtype, name):
+    params = params_like(SHAPES, dtype)
+    assert weights.save(params, tmp_path / "unet", name) == tmp_path / "unet" / name
+    assert os.listdir(tmp_path / "unet") == [name]
+    assert_equal(weights.load(tmp_path / "unet", SHAPES), params)
+    assert_equal(weights.load(str(tmp_path / "unet" / name), SHAPES), params)
+
+
+def test_casts(tmp_path):
+    params = params_like(SHAPES)
+    halves = {k: v.astype(jnp.bfloat16) for k, v in params.items()}
+    file = weights.save(params, tmp_path / "a.safetensors", dtype="bfloat16")
+    assert_equal(weights.load(file, SHAPES), halves)
+    file = weights.save(params, tmp_path / "b.safetensors")
+    assert_equal(weights.load(file, SHAPES, dtype=jnp.bfloat16), halves)
+    assert "float64 is not supported" in refused(weights.load, file, SHAPES, dtype="float64")
+    assert "int32" in refused(weights.save, {"ids": jnp.arange(3)}, tmp_path)
+
+
+def test_other_libraries_read_it(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    mixed = {**params_like({"a": (3,), "b": ()}, jnp.float16), **params_like({"c": (2, 5)})}
+    file = weights.save(mixed, tmp_path)
+    theirs = safetensors.load_file(file)
+    assert_equal({name: theirs[name] for name in mixed}, mixed)
+    with safetensors.safe_open(file, "numpy") as tensors:
+        assert tensors.metadata() == {"format": "pt"}  # transformers asks for it
+
+
+def test_others_may_read_the_file(tmp_path):
+    (tmp_path / "plain").touch()
+    file = weights.save(params_like(SHAPES), tmp_path)
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# --- What does not fit -----------------------------------------------------------------------
+
+
+def test_everything_that_differs_is_listed_at_once(tmp_path):
+    file = weights.save(params_like({"a": (2,), "b": (3, 4), "x": (1,), "c": (5,)}), tmp_path)
+    message = refused(weights.load, tmp_path, {"a": (2,), "b": (4, 3), "c": (1, 5), "y": (1,)})
+    assert str(file) in message
+    for part in ("1 missing: y", "1 unexpected: x", "b [3, 4] instead of [4, 3]", "c [5]"):
+        assert part in message
+
+
+def test_long_lists_are_cut_and_counted(tmp_path):
+    weights.save(params_like({f"a{i:03}": (1,) for i in range(150)}), tmp_path)
+    message = refused(weights.load, tmp_path, {})
+    assert "150 unexpected: a000, " in message and f"and {150 - LISTED} more" in message
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    entry = {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}
+    file = raw_file(tmp_path / "a.safetensors", {"a": entry}, b"\0" * 8)
+    assert "1 not float32, float16 or bfloat16: a I64" in refused(weights.load, file, {"a": (1,)})
+
+
+def test_which_file_of_a_folder(tmp_path):
+    message = refused(weights.load, tmp_path / "unet", SHAPES)
+    assert "unet does not exist" in message and DIFFUSERS_FILE in message
+    assert "nor model.safetensors" in refused(weights.load, tmp_path, SHAPES)
+    (tmp_path / "pytorch_model.bin").touch()
+    message = refused(weights.load, tmp_path, SHAPES)
+    assert "only pytorch_model.bin; save it with safe_serialization=True" in message
+    params = params_like(SHAPES)
+    weights.save(params_like({"other": (1,)}), tmp_path, "b.safetensors")
+    weights.save(params_like({"other": (1,)}), tmp_path, "a.safetensors")
+    assert "a.safetensors, b.safetensors" in refused(weights.load, tmp_path, SHAPES)
+    weights.save(params, tmp_path)
+    assert_equal(weights.load(tmp_path, SHAPES), params)
+
+
+# --- Aliases ---------------------------------------------------------------------------------
+
+
+def test_text_model_prefix_and_position_ids(tmp_path):
+    params = params_like({"text_model.embeddings.token_embedding.weight": (5, 2)})
+    shapes = {name: value.shape for name, value in params.items()}
+    ids = {"embeddings.position_ids": jnp.zeros((1, 77))}
+    bare = {name.removeprefix("text_model."): value for name, value in params.items()}
+    for stored in (
+        params,
+        bare,
+        params | {f"text_model.{n}": v for n, v in ids.items()},
+        bare | ids,
+    ):
+        weights.save(stored, tmp_path)
+        assert_equal(weights.load(tmp_path, shapes), params)
+    weights.save(params | bare, tmp_path)  # both at once is not the same model
+    assert "1 unexpected: embeddings.token" in refused(weights.load, tmp_path, shapes)
+
+
+def test_old_attention_names(tmp_path):
+    new = params_like(
+        {
+            f"encoder.mid_block.attentions.0.{layer}.{kind}": (4, 4) if kind == "weight" else (4,)
+            for layer in ("to_q", "to_k", "to_v", "to_out.0")
+            for kind in ("weight", "bias")
+        }
+    )
+    shapes = {name: value.shape for name, value in new.items()}
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, value in new.items():
+        for here, there in names.items():
+            if f".{here}." in name:
+                old[name.replace(here, there)] = value
+    as_convolutions = {n: v[:, :, None, None] if v.ndim == 2 else v for n, v in old.items()}
+    for stored in (old, as_convolutions):
+        weights.save(stored, tmp_path)
+        assert_equal(weights.load(tmp_path, shapes), new)
+    # Only where the model expects the other name, or the other shape, of this very layer.
+    assert (
+        weights.load(tmp_path, {n: v.shape for n, v in as_convolutions.items()}).keys()
+        == old.keys()
+    )
+    weights.save(params_like({"proj_in.weight": (4, 4, 1, 1)}), tmp_path)
+    assert "misshapen" in refused(weights.load, tmp_path, {"proj_in.weight": (4, 4)})
+
+
+# --- Broken files ----------------------------------------------------------------------------
+
+
+def test_truncated_anywhere(tmp_path):
+    file = weights.save(params_like(SHAPES), tmp_path)
+    whole = file.read_bytes()
+    for size in (*range(20), len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        message = refused(weights.load, file, SHAPES)
+        assert str(file) in message and f"{size} bytes" in message
+    assert f"truncated: {len(whole) - 1} bytes where its header promises {len(whole)}" in message
+    file.write_bytes(whole + b"more")
+    assert "damaged" in refused(weights.load, file, SHAPES)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x02}q\x00.",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"PK\3\4" + b"\0" * 99,
+    ]
+    + [
+        bytes(np.random.default_rng(seed).integers(256, size=400, dtype=np.uint8))
+        for seed in (1, 2)
+    ],
+)
+def test_garbage(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert "is not a safetensors file" in refused(weights.load, tmp_path, SHAPES)
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header, data",
+    [
+        ({"a": F32 | {"data_offsets": [0, 4]}}, b"\0" * 4),
+        ({"a": F32 | {"data_offsets": [8, 0]}}, b"\0" * 8),
+        ({"a": F32 | {"data_offsets": [-8, 0]}}, b"\0" * 8),
+        ({"a": F32 | {"data_offsets": [0, 8, 8]}}, b"\0" * 8),
+        ({"a": F32 | {"data_offsets": [8, 16]}}, b"\0" * 16),  # a hole
+        ({"a": F32, "b": F32}, b"\0" * 8),  # an overlap
+        ({"a": F32 | {"shape": [2.0]}}, b"\0" * 8),
+        ({"a": F32 | {"shape": 2}}, b"\0" * 8),
+        ({"a": F32 | {"shape": [-1, -2]}}, b"\0" * 8),
+        ({"a": F32 | {"shape": [1 << 40, 1 << 40]}}, b"\0" * 8),
+        ({"a": {"dtype": "F32"}}, b""),
+        ({"a": F32 | {"dtype": ["F32"]}}, b"\0" * 8),
+        ({"a": 3}, b""),
+        (b"{]", b""),
+        (b'{"a":' * 50_000, b""),
+        (b'{"a\xff": 1}', b""),
+    ],
+)
+def test_lying_headers(tmp_path, header, data):
+    file = raw_file(tmp_path / "a.safetensors", header, data)
+    shapes = {name: (2,) for name in header} if isinstance(header, dict) else {"a": (2,)}
+    assert str(file) in refused(weights.load, file, shapes)
+
+
+def test_nothing_is_allocated_that_the_file_does_not_hold(tmp_path):
+    huge = {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
+    lies = [raw_file(tmp_path / "a.safetensors", huge)]
+    lies += [
+        raw_file(tmp_path / f"{n}.safetensors", b"{}", length=n)
+        for n in (99_999_999, 1 << 40, (1 << 64) - 1)
+    ]
+    tracemalloc.start()
+    for file in lies:
+        refused(weights.load, file, {"a": (1 << 40,)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+# --- Writing ---------------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    params = params_like(SHAPES)
+    weights.save(params, tmp_path)
+
+    def interrupted(source, target):
+        assert len(os.listdir(tmp_path)) == 2  # the new file stands beside the old one
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        weights.save(params_like(SHAPES, "float16"), tmp_path)
+    with pytest.raises(TypeError):
+        weights.write_json(tmp_path / "config.json", {"a": object()})
+    assert os.listdir(tmp_path) == [DIFFUSERS_FILE]
+    assert_equal(weights.load(tmp_path, SHAPES), params)
+
+
+def test_unwritable_targets(tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write" in refused(weights.save, params_like(SHAPES), tmp_path / "file" / "unet")
+    (tmp_path / "folder" / DIFFUSERS_FILE / "x").mkdir(parents=True)
+    assert "cannot write" in refused(weights.save, params_like(SHAPES), tmp_path / "folder")
+    assert "cannot write" in refused(weights.write_json, tmp_path / "file" / "a.json", {})
+    assert sorted(os.listdir(tmp_path / "folder")) == [DIFFUSERS_FILE]
+
+
+def test_json(tmp_path):
+    values = {"channels": [4, 8], "eps": 1e-5, "name": "größe", "none": None}
+    weights.write_json(tmp_path / "new" / "config.json", values)
+    assert weights.read_json(tmp_path / "new" / "config.json") == values
+    assert os.listdir(tmp_path / "new") == ["config.json"]
+    assert "does not exist" in refused(weights.read_json, tmp_path / "config.json")
+    assert "cannot read" in refused(weights.read_json, tmp_path)
+    for broken in (b"", b"{", b"\xff\xfe{}", b"[" * 100_000):
+        (tmp_path / "a.json").write_bytes(broken)
+        assert "a.json is not valid JSON" in refused(weights.read_json, tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[1]")
+    assert "holds a JSON list, not an object" in refused(weights.read_json, tmp_path / "a.json")

@@ -274,12 +274,12 @@ class Net:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters; each depends on the key and its own name only."""
-        return {
-            name: self._initializers[name](
-                jax.random.fold_in(key, zlib.crc32(name.encode())), shape
-            )
-            for name, shape in self.shapes.items()
-        }
+
+        def draw(key: jax.Array) -> Params:
+            keys = {n: jax.random.fold_in(key, zlib.crc32(n.encode())) for n in self.shapes}
+            return {n: self._initializers[n](keys[n], shape) for n, shape in self.shapes.items()}
+
+        return jax.jit(draw)(key)  # as one program: op by op, every new shape compiles
 
     @property
     def size(self) -> int:

@@ -75,7 +75,7 @@ def learning_rate_schedule(options: Options) -> optax.Schedule:
 
 
 def make_optimizer(options: Options) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm; weight decay on matrices and kernels only."""
+    """AdamW behind a gradient clip by global norm; only matrices and kernels decay."""
     return optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
         optax.adamw(

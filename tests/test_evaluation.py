@@ -159,9 +159,9 @@ def test_cas_of_a_single_class_is_unknown():
 # --- pictures --------------------------------------------------------------------------------
 
 
-def test_picture_floors():
-    floors = report.picture_floors(seed=0)
-    train, test = floors["real train, rendered"], floors["real test, rendered"]
+def test_picture_controls():
+    controls = report.picture_controls(seed=0)
+    train, test = controls["real train (floor)"], controls["real test"]
     for row in (train, test):
         assert row["stroke_accuracy"] == row["background_accuracy"] == 1
         assert row["judge_accuracy"] == row["all_right"] > 0.98

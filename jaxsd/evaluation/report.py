@@ -78,7 +78,13 @@ def evaluate_scans(samples: np.ndarray, labels: np.ndarray | None = None, seed: 
 
 
 def controls(seed: int = 0, count: int = 2000) -> dict[str, Row]:
-    """Rows of what is no generative model, by name: the scale on which a model is read.
+    """Rows of what is no generative model, by name: the scale on which a model is read."""
+    sets = control_sets(seed, count)
+    return {name: evaluate_scans(x, y, seed) for name, (x, y) in sets.items()}
+
+
+def control_sets(seed: int, count: int) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """The controls' scans [n, 64] in [-1, 1] and digits [n].
 
     The real splits, count training scans drawn with replacement, Gaussians fitted to each class,
     the class means, the training scans less the digits 3 and 7, and uniform noise.
@@ -96,7 +102,7 @@ def controls(seed: int = 0, count: int = 2000) -> dict[str, Row]:
         at = balanced == digit
         gaussian[at] = rng.multivariate_normal(means[digit], covariance, size=at.sum())
     kept = ~np.isin(labels, (3, 7))
-    sets = {
+    return {
         "real test": (test, test_labels),
         "real train (floor)": (train, labels),
         "memorised resample": (train[drawn], labels[drawn]),
@@ -105,7 +111,6 @@ def controls(seed: int = 0, count: int = 2000) -> dict[str, Row]:
         "two classes dropped": (train[kept], labels[kept]),
         "uniform noise": (rng.uniform(-1, 1, size=(count, 64)), None),
     }
-    return {name: evaluate_scans(x, y, seed) for name, (x, y) in sets.items()}
 
 
 def evaluate_pictures(
@@ -146,16 +151,21 @@ def evaluate_pictures(
     return row
 
 
-def picture_floors(seed: int = 0) -> dict[str, Row]:
-    """`evaluate_pictures` of real scans, rendered in random colours: what a perfect model gets."""
+def picture_controls(seed: int = 0, count: int = 1000) -> dict[str, Row]:
+    """`evaluate_pictures` of the controls' scans, rendered in random colours.
+
+    "real train (floor)" is what a perfect model would get.
+    """
     rows = {}
-    for split in digits.SPLITS:
+    for name, (scans, labels) in control_sets(seed, count).items():
+        if labels is None:
+            continue  # noise has no stroke to give a colour to
         rng = np.random.default_rng(seed)
-        scans, labels = digits.load_scans(split)
+        scans = (np.clip(scans, -1, 1).reshape(-1, digits.SCAN_SIZE, digits.SCAN_SIZE) + 1) / 2
         drawn = [digits.colour_scan(scan, rng) for scan in scans]
         wanted = [(int(label), s, b) for label, (_, s, b) in zip(labels, drawn, strict=True)]
         pictures = np.stack([picture for picture, _, _ in drawn])
-        rows[f"real {split}, rendered"] = evaluate_pictures(pictures, wanted, seed)
+        rows[name] = evaluate_pictures(pictures, wanted, seed)
     return rows
 
 

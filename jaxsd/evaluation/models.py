@@ -1,0 +1,119 @@
+"""Draws pictures from a model of digits and measures them (`report.py` says how)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxsd.data import digits
+from jaxsd.errors import JaxsdError
+from jaxsd.evaluation import report
+from jaxsd.pipeline import Pipeline
+
+Summary = dict[str, tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn: all of it goes into the report."""
+
+    count: int = 2000
+    steps: int = 50
+    sampler: str = "ddim"
+    guidance_scale: float = 1.0
+    sampling_seeds: tuple[int, ...] = (0, 1, 2)
+    batch_size: int = 100
+
+
+def draw(
+    pipe: Pipeline, prompts: Sequence[str], how: Sampling, seed: int, negative_prompt: str = ""
+) -> np.ndarray:
+    """uint8 pictures [n, h, w, c], one of each prompt, in batches of one shape.
+
+    Picture i has the seed 1,000,000 * seed + i. At guidance scale 1 the unconditional half is left
+    out: it would be multiplied by zero.
+    """
+    pictures = []
+    for start in range(0, len(prompts), how.batch_size):
+        chosen = list(prompts[start : start + how.batch_size])
+        missing = how.batch_size - len(chosen)
+        chosen += chosen[:1] * missing  # the last batch runs in the program of the others
+        seeds = [1_000_000 * seed + start + i for i in range(len(chosen))]
+        guided = how.guidance_scale != 1
+        latents = pipe.denoise(
+            pipe.noise(seeds),
+            pipe.encode(chosen),
+            pipe.encode([negative_prompt] * len(chosen)) if guided else None,
+            steps=how.steps,
+            guidance_scale=how.guidance_scale,
+            sampler=how.sampler,
+            seeds=seeds,
+        )
+        pictures.append(pipe.decode_array(latents)[: how.batch_size - missing])
+    return np.concatenate(pictures)
+
+
+def is_pixel_model(pipe: Pipeline) -> bool:
+    """Whether the model draws 8x8 scans (else 32x32 coloured pictures); JaxsdError if neither."""
+    size = (*pipe.default_size, 3 if pipe.vae else pipe.unet.config.out_channels)
+    if size == (8, 8, 1) and pipe.unet.config.projection_class_embeddings_input_dim == 10:
+        return True
+    if size == (32, 32, 3) and pipe.tokenizer is not None:
+        return False
+    raise JaxsdError(f"evaluate measures models of digits; this one makes {size[0]}x{size[1]} px")
+
+
+def evaluate_model(pipe: Pipeline, how: Sampling) -> Summary:
+    """Mean and spread of every metric over the sampling seeds."""
+    if is_pixel_model(pipe):
+        labels = np.arange(how.count) % 10
+        prompts = [str(label) for label in labels]
+        rows = []
+        for seed in how.sampling_seeds:
+            scans = draw(pipe, prompts, how, seed)[..., 0] / np.float32(127.5) - 1
+            rows.append(report.evaluate_scans(scans, labels, seed))
+        return report.summarise(rows)
+    rows = []
+    for seed in how.sampling_seeds:
+        prompts, wanted = full_prompts(how.count, seed)
+        rows.append(report.evaluate_pictures(draw(pipe, prompts, how, seed), wanted, seed))
+    return report.summarise(rows)
+
+
+def full_prompts(count: int, seed: int) -> tuple[list[str], list[digits.Attributes]]:
+    """Captions that name everything, over balanced digits, random colours and wordings."""
+    rng = np.random.default_rng(seed)
+    prompts = []
+    while len(prompts) < count:
+        stroke, background = rng.choice(digits.COLOUR_NAMES, size=2, replace=False)
+        text = digits.caption(rng, len(prompts) % 10, str(stroke), str(background))
+        if None not in digits.parse_caption(text):
+            prompts.append(text)
+    return prompts, [digits.parse_caption(text) for text in prompts]
+
+
+def negative_prompt_shares(
+    pipe: Pipeline, how: Sampling, prompt: str = "a seven"
+) -> dict[str, dict[str, float]]:
+    """For each colour: the share of strokes in it, without and with its name as negative prompt.
+
+    `how.count` pictures each, with the same seeds, of a prompt that leaves the colour free.
+    "digit" is the share in which the digit is still the one asked for.
+    """
+    wanted = digits.parse_caption(prompt)[0]
+
+    def look(negative: str) -> tuple[np.ndarray, float]:
+        pictures = draw(pipe, [prompt] * how.count, how, how.sampling_seeds[0], negative) / 255
+        scans, strokes, _ = digits.recover(pictures)
+        return strokes, float((report.judges().predict(2 * scans - 1) == wanted).mean())
+
+    free, digit = look("")
+    shares = {"(none)": {"without": float("nan"), "with": float("nan"), "digit": digit}}
+    for colour in digits.COLOUR_NAMES:
+        strokes, digit = look(colour)
+        shares[colour] = {
+            "without": float((free == colour).mean()),
+            "with": float((strokes == colour).mean()),
+            "digit": digit,
+        }
+    return shares

@@ -17,11 +17,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 2):
+        folder = Path(folder).absolute()
         try:
+            folder.mkdir(parents=True, exist_ok=True)  # orbax would stumble later, in a thread
             self._manager = ocp.CheckpointManager(
-                Path(folder).absolute(),
+                folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                    max_to_keep=keep, cleanup_tmp_directories=True
                 ),
             )
         except OSError as error:

@@ -141,13 +141,12 @@ class Pipeline:
             _one_each(text, len(seeds), name)
             for text, name in ((prompts, "prompts"), (negative_prompt, "negative prompts"))
         )
-        both = self.encode([*negative, *prompts], clip_skip=clip_skip)
-        uncond, cond = (
-            jax.tree.map(lambda x, s=part: x[s], both)
-            for part in (slice(len(seeds)), slice(len(seeds), None))
-        )
+        noise = self.noise(seeds, height, width)  # first what can be refused at once
+        samplers.make_steps(self.schedule, sampler or self.default_sampler, steps)
+        cond = self.encode(prompts, clip_skip=clip_skip)
+        uncond = self.encode(negative)  # to the last layer, as in diffusers
         latents = self.denoise(
-            self.noise(seeds, height, width),
+            noise,
             cond,
             uncond,
             steps=steps,
@@ -172,11 +171,10 @@ class Pipeline:
         if not 0 <= clip_skip < layers:
             raise JaxsdError(f"clip_skip must be from 0 to {layers - 1}, not {clip_skip}")
         length = self.components["text_encoder"].net.config.max_position_embeddings
-        unique = list(dict.fromkeys(prompts))
-        ids = self.tokenizer(unique, length)
+        unique = list(dict.fromkeys(prompts))  # each is warned about once
+        ids = self.tokenizer(unique, length)[[unique.index(prompt) for prompt in prompts]]
         states = self._compiled_encode(self.params["text_encoder"], ids, clip_skip=clip_skip)
-        rows = np.asarray([unique.index(prompt) for prompt in prompts])
-        return {"encoder_hidden_states": states[rows]}
+        return {"encoder_hidden_states": states}
 
     def noise(
         self, seeds: Sequence[int], height: int | None = None, width: int | None = None
@@ -324,7 +322,7 @@ class Pipeline:
 
         The folder appears whole: until the last file is written it has another name.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # "." has no name that another could be made of
         partial = folder.with_name(f".{folder.name}.partial")
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -362,6 +360,8 @@ class Pipeline:
 
 
 def _keys(seeds: Sequence[int]) -> jax.Array:
+    if not len(seeds):
+        raise JaxsdError("give at least one seed: there is an image for each")
     if any(not 0 <= seed < 2**32 for seed in seeds):
         raise JaxsdError("seeds must be from 0 to 4294967295")
     return jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds, np.uint32)))

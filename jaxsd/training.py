@@ -5,12 +5,13 @@ batch is batch number `step` of the data. Nothing else is random, so a training 
 started again ends with the same bits as one that was left alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxsd.errors import JaxsdError
 from jaxsd.nn import Params
 from jaxsd.objectives import Objective
 from jaxsd.weights import read_json, write_json
+from jaxsd.weights.files import replacing
 
 
 class TrainState(NamedTuple):
@@ -55,6 +57,14 @@ class Options:
         at_least_one = ("steps", "batch_size", "save_every", "log_every", "sample_every")
         if bad := [name for name in at_least_one if getattr(self, name) < 1]:
             raise JaxsdError(f"{bad[0]} must be at least 1, not {getattr(self, bad[0])}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise JaxsdError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise JaxsdError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise JaxsdError(f"seed must be from 0 to 4294967295, not {self.seed}")
         if self.decay not in ("cosine", "linear", "constant"):
             raise JaxsdError(f"decay is cosine, linear or constant, not {self.decay!r}")
         if not 0 <= self.ema_decay < 1:
@@ -89,9 +99,13 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
 
 def init_state(objective: Objective, optimizer: optax.GradientTransformation, seed: int):
     """The state before the first step."""
-    params = objective.init(jax.random.fold_in(jax.random.key(seed), 0x696E6974))
-    # A copy: params and ema are both donated, so they may not share memory.
-    ema = {name: jnp.array(value, copy=True) for name, value in params.items()}
+    initial = objective.init(jax.random.fold_in(jax.random.key(seed), 0x696E6974))
+    # Copies: params and ema are donated, so they may share memory neither with each other nor with
+    # what `init` was given. With a dtype, lest a weakly typed value make step 2 compile anew.
+    params, ema = (
+        {name: jnp.array(value, value.dtype, copy=True) for name, value in initial.items()}
+        for _ in range(2)
+    )
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
@@ -106,7 +120,9 @@ def make_step(
         (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
             state.params, aux, batch, key
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integer counts
+            learning_rate = jnp.asarray(rate(state.step), jnp.float32)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # Early on the average would be mostly the initial values: let it grow to its full length.
         count = state.step.astype(jnp.float32)
@@ -115,8 +131,8 @@ def make_step(
         metrics = {
             "loss": loss,
             **metrics,
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": learning_rate,
         }
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
@@ -149,17 +165,21 @@ def train(
     optimizer = make_optimizer(options)
     state = sharding.replicate(init_state(objective, optimizer, options.seed), mesh)
     aux = sharding.replicate(objective.aux, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(state)
-    start = int(state.step)
-    _drop_rows(workdir / "metrics.jsonl", start)
+    with contextlib.ExitStack() as stack:  # also when interrupted: what is being saved, is saved
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        stack.callback(checkpoints.close)
+        if checkpoints.latest is not None:
+            state = checkpoints.restore(state)
+        start = int(state.step)
+        with _writing(workdir):
+            log = stack.enter_context(_open_log(workdir / "metrics.jsonl", start))
+            writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            stack.callback(writer.close)
 
-    step = jax.jit(make_step(objective, optimizer, options), donate_argnums=0)
-    writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-    progress = tqdm(total=options.steps, initial=start, unit="step", mininterval=1.0)
-    clock, logged = time.perf_counter(), start
-    with open(workdir / "metrics.jsonl", "a", encoding="utf-8") as log:
+        step = jax.jit(make_step(objective, optimizer, options), donate_argnums=0)
+        bar = tqdm(total=options.steps, initial=start, unit="step", mininterval=1.0)
+        progress = stack.enter_context(bar)
+        clock, logged = time.perf_counter(), start
         for i, batch in enumerate(make_batches(start, options.steps), start + 1):
             state, metrics = step(state, aux, sharding.split(batch, mesh))
             progress.update()
@@ -179,9 +199,6 @@ def train(
                 checkpoints.save(i, state)
             if i % options.sample_every == 0 or i == options.steps:
                 _save_preview(objective.preview(state.ema), workdir / "samples", i, writer)
-    progress.close()
-    writer.close()
-    checkpoints.close()
     objective.export(jax.tree.map(jnp.asarray, state.ema), workdir / "model")
     return state
 
@@ -212,16 +229,26 @@ def _claim(workdir: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _drop_rows(file: Path, last: int) -> None:
-    """Removes what was logged after step `last`, which is about to be logged again."""
-    if not file.exists():
-        return
-    rows = file.read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if _step_of(row) <= last]
-    file.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or workdir, error.strerror or error
+        raise JaxsdError(f"cannot write {place}: {reason}") from None
 
 
-def _step_of(row: str) -> float:
+def _open_log(file: Path, last: int) -> IO[str]:
+    """Opens the log to be continued after step `last`: what follows is about to come again."""
+    if file.exists():
+        rows = file.read_text(encoding="utf-8").splitlines()
+        kept = [row for row in rows if _step_of(row) <= last]
+        with replacing(file) as temporary:
+            temporary.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+    return open(file, "a", encoding="utf-8")
+
+
+def _step_of(row: str) -> int | float:
     try:
         return json.loads(row)["step"]
     except (ValueError, KeyError, TypeError):  # cut off by a kill

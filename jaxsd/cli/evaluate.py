@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import tyro
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, prog="jaxsd evaluate", args=argv)
     result = run(options)
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(_no_nan(result), indent=2))
         return
     how = result["sampling"]
     print(
@@ -76,3 +77,12 @@ def main(argv: list[str] | None = None) -> None:
         for colour, share in shares.items():
             before, after = (f"{share[k]:.1%}" for k in ("without", "with"))
             print(f"| {colour} | {before} | {after} | {share['digit']:.1%} |".replace("nan%", "–"))
+
+
+def _no_nan(value: Any) -> Any:
+    """JSON has no NaN: what could not be measured becomes null."""
+    if isinstance(value, dict):
+        return {key: _no_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -74,8 +74,8 @@ def run(options: Options) -> list[Path]:
         sampler=options.sampler or pipe.default_sampler,
         eta=options.eta,
         clip_skip=options.clip_skip,
-        height=options.height or pipe.default_size[0],
-        width=options.width or pipe.default_size[1],
+        height=pipe.default_size[0] if options.height is None else options.height,
+        width=pipe.default_size[1] if options.width is None else options.width,
     )
     jobs = [Job(p, options.seed + i) for p in options.prompts for i in range(options.num_images)]
     number = _next_number(options.out)

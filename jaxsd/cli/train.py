@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,8 +72,11 @@ class VAE(Common):
 class CLIP(Common):
     """The text tower, with a tokenizer of its own, against a picture tower."""
 
-    data: str = "digits"
+    data: str = "digits-in-groups"
+    """digits, digits-in-groups or digits-same-colours: how hard it is to tell captions apart."""
     family: str = "digits"
+    initial: Path | None = None
+    """Start from the `model` of another CLIP training, instead of from noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +136,28 @@ def _vae(recipe: VAE, dataset: Any):
 
 
 def _clip(recipe: CLIP, dataset: Any):
-    from jaxsd import families
+    from jaxsd import families, weights
     from jaxsd.data.digits import all_captions
     from jaxsd.objectives.clip import CLIP as Objective
-    from jaxsd.tokenizer import train_tokenizer
+    from jaxsd.tokenizer import Tokenizer, train_tokenizer
 
     family = families.get_family(recipe.family)
     if family.text_encoder is None or family.image_encoder is None:
         raise JaxsdError(f"family {recipe.family!r} has no pair of CLIP towers")
-    size = family.text_encoder.vocab_size
-    tokenizer = train_tokenizer(all_captions(), recipe.workdir / "tokenizer", size)
+    if recipe.initial is None:
+        size = family.text_encoder.vocab_size
+        tokenizer = train_tokenizer(all_captions(), recipe.workdir / "tokenizer", size)
+    else:
+        tokenizer = Tokenizer(recipe.initial / "tokenizer")
     objective = Objective(family.text_encoder, family.image_encoder, tokenizer)
-    return objective, _tokenize(tokenizer, family.text_encoder.max_position_embeddings)
+    if recipe.initial is not None:
+        initial = weights.load(recipe.initial / "clip", objective.net)
+        objective = dataclasses.replace(objective, initial=initial)
+    # The text tower is causal and read at the end token, so padding beyond the longest caption
+    # would cost four fifths of its time and change no gradient.
+    captions = all_captions()
+    used = (tokenizer(captions) != tokenizer.eos_token_id).sum(1).max() + 1
+    return objective, _tokenize(tokenizer, int(used))
 
 
 def _text_to_image(recipe: TextToImage, dataset: Any):
@@ -212,10 +226,11 @@ def run(recipe: Common) -> None:
         if name not in ("workdir", "dry_run")
     }
     config = {"recipe": type(recipe).__name__, **config}
-    objective, make_batches = build(recipe)
     if recipe.dry_run:
-        _describe(objective, config)
+        with tempfile.TemporaryDirectory() as scratch:  # a CLIP recipe writes its tokenizer
+            _describe(build(dataclasses.replace(recipe, workdir=Path(scratch)))[0], config)
         return
+    objective, make_batches = build(recipe)
     training.train(objective, make_batches, options, recipe.workdir, config)
     print(f"{recipe.workdir / 'model'}")
 

@@ -4,6 +4,7 @@ A source is a function `split -> grain.MapDataset` of elements (dicts of arrays,
 given a seed; to add one, write it in a file of this folder and name it in SOURCES.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,9 +34,29 @@ def digit_pictures(split: str, seed: int) -> Any:
     return source.random_map(make_picture)
 
 
+def digit_pictures_in_groups(split: str, seed: int, group: int = 16) -> Any:
+    """As `digit_pictures`, but `group` elements in a row have the same two colours.
+
+    Hard negatives for contrastive training: with free colours, colours alone tell nearly all
+    pictures of a batch apart, and the towers never learn to look at the digit.
+    """
+    import grain
+
+    from jaxsd.data.digits import PictureSource, draw_colours, make_picture
+
+    def paint(index: int, element: dict) -> dict:
+        names = draw_colours(np.random.default_rng((seed, 1, index // group)))
+        return make_picture(element, np.random.default_rng((seed, 0, index)), names)
+
+    source = grain.MapDataset.source(PictureSource(split)).seed(seed).shuffle().repeat()
+    return source.map_with_index(paint)
+
+
 SOURCES: dict[str, Callable[[str, int], Any]] = {
     "digit-scans": digit_scans,
     "digits": digit_pictures,
+    "digits-in-groups": digit_pictures_in_groups,
+    "digits-same-colours": functools.partial(digit_pictures_in_groups, group=128),
 }
 
 

@@ -244,25 +244,35 @@ def render(scan: np.ndarray, stroke_rgb: np.ndarray, background_rgb: np.ndarray)
     return (np.rint(picture * 255) / 255).astype(np.float32)
 
 
-def colour_scan(scan: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
-    """Renders a scan [8, 8] in random colours: (picture as from `render`, stroke, background).
-
-    The two colours differ; each of their channels is jittered by at most .05.
-    """
+def draw_colours(rng: np.random.Generator) -> tuple[str, str]:
+    """The names of a random stroke and of another random background."""
     stroke, background = rng.choice(len(COLOUR_NAMES), size=2, replace=False)
+    return COLOUR_NAMES[stroke], COLOUR_NAMES[background]
+
+
+def colour_scan(
+    scan: np.ndarray, rng: np.random.Generator, names: tuple[str, str] | None = None
+) -> tuple[np.ndarray, str, str]:
+    """Renders a scan [8, 8] in colour: (picture as from `render`, stroke, background).
+
+    names: stroke and background, drawn if not given. Each of their channels is jittered by at most
+    .05.
+    """
+    stroke, background = names or draw_colours(rng)
     jitter = rng.uniform(-JITTER, JITTER, size=(2, 3))
-    colours = np.clip(_PALETTE[[stroke, background]] + jitter, 0, 1)
-    picture = render(scan, colours[0], colours[1])
-    return picture, COLOUR_NAMES[stroke], COLOUR_NAMES[background]
+    colours = np.clip(np.array([COLOURS[stroke], COLOURS[background]]) + jitter, 0, 1)
+    return render(scan, colours[0], colours[1]), stroke, background
 
 
-def make_picture(element: dict, rng: np.random.Generator) -> dict:
+def make_picture(
+    element: dict, rng: np.random.Generator, names: tuple[str, str] | None = None
+) -> dict:
     """A training example from an element of `PictureSource`, for grain's `random_map`.
 
-    A scan in random colours and a caption that fits:
+    A scan in the named (or random) colours and a caption that fits:
     `{"image": float32 [32, 32, 3] in [-1, 1], "caption": str}`.
     """
-    picture, stroke, background = colour_scan(element["scan"], rng)
+    picture, stroke, background = colour_scan(element["scan"], rng, names)
     return {"image": 2 * picture - 1, "caption": caption(rng, element["label"], stroke, background)}
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsd.diffusion.denoise import Denoise
-from jaxsd.diffusion.schedule import MAX_STEPS, Schedule, Steps, x0_and_eps
+from jaxsd.diffusion.schedule import MAX_STEPS, Schedule, Step, Steps, x0_and_eps
 from jaxsd.errors import JaxsdError
 
 Predict = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -32,24 +32,24 @@ def _bar_pair(bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(bar), np.sqrt(1 - bar)
 
 
-def ddim_grid(schedule: Schedule, count: int, last_alpha_is_one: bool | None = None) -> Steps:
+def ddim_grid(schedule: Schedule, count: int) -> Steps:
     """Whole timesteps; each step goes T // count back, and the last to alpha_0 or to 1.
 
     That a step's end is counted off (and not the next timestep) is diffusers' rule.
     """
-    if last_alpha_is_one is None:
-        last_alpha_is_one = schedule.set_alpha_to_one
     bar = schedule.alphas_cumprod.astype(np.float64)
     t = schedule.timesteps(count).astype(int)
     previous = t - schedule.num_train_timesteps // count
-    last = 1.0 if last_alpha_is_one else bar[0]
+    last = 1.0 if schedule.set_alpha_to_one else bar[0]
     ahead = np.where(previous >= 0, bar[np.maximum(previous, 0)], last)
     return _steps(t, _bar_pair(bar[t]), _bar_pair(ahead))
 
 
 def ddpm_grid(schedule: Schedule, count: int) -> Steps:
-    """DDIM's grid, but the last step always ends at the clean picture."""
-    return ddim_grid(schedule, count, last_alpha_is_one=True)
+    """Whole timesteps; each step ends where the next begins, the last at the clean picture."""
+    bar = schedule.alphas_cumprod.astype(np.float64)
+    bar = np.append(bar[schedule.timesteps(count).astype(int)], 1.0)
+    return _steps(schedule.timesteps(count), _bar_pair(bar[:-1]), _bar_pair(bar[1:]))
 
 
 def sigma_grid(schedule: Schedule, count: int) -> Steps:
@@ -64,8 +64,10 @@ def sigma_grid(schedule: Schedule, count: int) -> Steps:
 
 def dpm_grid(schedule: Schedule, count: int) -> Steps:
     """Whole timesteps, one more than asked for and the cleanest dropped; the last step to 0."""
-    if schedule.timestep_spacing == "trailing":
-        return _to_clean(schedule, schedule.timesteps(count), scaled=False)
+    t = schedule.timesteps(count)
+    most = min(schedule.num_train_timesteps, MAX_STEPS)
+    if schedule.timestep_spacing == "trailing" or count == most:  # which leaves nothing to drop
+        return _to_clean(schedule, t, scaled=False)
     return _to_clean(schedule, schedule.timesteps(count + 1)[:-1], scaled=False)
 
 
@@ -100,12 +102,23 @@ def _steps(t, now, ahead, init_scale: float = 1.0) -> Steps:
 # --- Samplers --------------------------------------------------------------------------------
 
 
+def _gained(s: Step) -> jax.Array:
+    """beta = 1 - (alpha / alpha')^2, the variance that the noise gains from the step's end to t.
+
+    As a product of differences, of whichever of alpha and sigma is small: in float32 the plain form
+    loses four digits near the picture.
+    """
+    by_sigma = (s.sigma - s.next_sigma) * (s.sigma + s.next_sigma)
+    by_alpha = (s.next_alpha - s.alpha) * (s.next_alpha + s.alpha)
+    gained = jnp.where(s.sigma < s.alpha, by_sigma, by_alpha) / jnp.square(s.next_alpha)
+    return jnp.maximum(gained, 0.0)
+
+
 def ddim(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
     """DDIM (Song et al. 2020), eq. 12; eta = 0 is deterministic, eta = 1 renews as DDPM does."""
     s = steps.at(i)
     x0, eps = predict(x, s.t, s.alpha, s.sigma)
-    variance = jnp.square(s.next_sigma / s.sigma) * (1 - jnp.square(s.alpha / s.next_alpha))
-    renewed = eta * jnp.sqrt(jnp.maximum(variance, 0.0))
+    renewed = eta * s.next_sigma / s.sigma * jnp.sqrt(_gained(s))
     kept = jnp.sqrt(jnp.maximum(jnp.square(s.next_sigma) - jnp.square(renewed), 0.0))
     return s.next_alpha * x0 + kept * eps + renewed * noise(0), history
 
@@ -115,9 +128,9 @@ def ddpm(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, e
     s = steps.at(i)
     x0, _ = predict(x, s.t, s.alpha, s.sigma)
     ratio = s.alpha / s.next_alpha
-    beta = 1 - jnp.square(ratio)  # variance that the noise gains from s to t
+    beta = _gained(s)
     mean = (s.next_alpha * beta * x0 + ratio * jnp.square(s.next_sigma) * x) / jnp.square(s.sigma)
-    return mean + jnp.sqrt(jnp.maximum(beta, 0.0)) * s.next_sigma / s.sigma * noise(0), history
+    return mean + jnp.sqrt(beta) * s.next_sigma / s.sigma * noise(0), history
 
 
 def euler(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):

@@ -104,7 +104,8 @@ class Schedule(Config):
     clip_sample_range: float = 1.0
     class_name: str = "DDIMScheduler"
 
-    # What shipped files say that touches nothing here (PNDM's and Euler's own switches included).
+    # What shipped files say that touches nothing here (PNDM's, Euler's and DPM-Solver's switches
+    # included).
     NEUTRAL = {
         "trained_betas": (None,),
         "thresholding": (False,),
@@ -117,9 +118,24 @@ class Schedule(Config):
         "sigma_max": (None,),
         "timestep_type": ("discrete",),
         "final_sigmas_type": ("zero",),
-        "variance_type": ("fixed_small", "fixed_small_log"),
+        "variance_type": ("fixed_small", "fixed_small_log", None),
+        "algorithm_type": ("dpmsolver++",),
+        "solver_order": (2,),
+        "solver_type": ("midpoint",),
+        "lower_order_final": (True,),
+        "euler_at_final": (False,),
+        "lambda_min_clipped": (-math.inf,),
+        "use_lu_lambdas": (False,),
+        "use_flow_sigmas": (False,),
+        "use_dynamic_shifting": (False,),
     }
-    IGNORED = ("skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value")
+    IGNORED = (
+        "skip_prk_steps",
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+        "flow_shift",  # read only with use_flow_sigmas
+        "time_shift_type",  # read only with use_dynamic_shifting
+    )
 
     def __post_init__(self):
         choices = {
@@ -161,19 +177,22 @@ class Schedule(Config):
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
-        """alpha_t^2 for t = 0 ... T-1, float32, multiplied up in float32 as PyTorch does."""
+        """alpha_t^2 for t = 0 ... T-1: the table that PyTorch comes to, to the last bit.
+
+        Betas are float32; their product is kept in double and rounded once for each t.
+        """
         n, f32 = self.num_train_timesteps, np.float32
         if self.beta_schedule == "cosine":
             return (np.cos(np.arange(n) / n * np.pi / 2) ** 2).astype(f32)
         if self.beta_schedule == "linear":
-            betas = np.linspace(self.beta_start, self.beta_end, n).astype(f32)
+            betas = _torch_linspace(self.beta_start, self.beta_end, n)
         elif self.beta_schedule == "scaled_linear":
-            roots = np.linspace(self.beta_start**0.5, self.beta_end**0.5, n).astype(f32)
+            roots = _torch_linspace(self.beta_start**0.5, self.beta_end**0.5, n)
             betas = roots * roots
         else:
             bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
             betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(f32)
-        return np.cumprod(f32(1) - betas, dtype=f32)
+        return np.cumprod(f32(1) - betas, dtype=np.float64).astype(f32)
 
     def alpha_sigma(
         self, t: Float[Array, "..."]
@@ -199,7 +218,9 @@ class Schedule(Config):
         n = self.num_train_timesteps
         if not continuous:
             # A continuous schedule at discrete times has the grid 1 ... T (t = 0 has no noise).
-            return jax.random.randint(key, (count,), 0, n).astype(jnp.float32) + self.continuous
+            return jax.random.randint(key, (count,), 0, n).astype(jnp.float32) + float(
+                self.continuous
+            )
         start = jax.random.uniform(key, ())
         strata = (start + jnp.arange(count, dtype=jnp.float32) / count) % 1.0
         return strata * (n if self.continuous else n - 1)
@@ -214,8 +235,19 @@ class Schedule(Config):
         if not 1 <= count <= min(n, MAX_STEPS):
             raise JaxsdError(f"steps must be from 1 to {min(n, MAX_STEPS)}, not {count}")
         if spacing == "leading":
-            return (np.arange(count) * (n // count))[::-1].astype(np.float64) + self.steps_offset
+            times = (np.arange(count) * (n // count))[::-1].astype(np.float64)
+            # The offset must not lead out of the table, as it would with all n steps.
+            return times + min(self.steps_offset, n - 1 - times[0])
         if spacing == "trailing":
             return np.round(np.arange(n, 0, -n / count)[:count]) - 1
         times = np.linspace(0, n - 1, count)[::-1]
         return np.round(times) if rounded else times
+
+
+def _torch_linspace(first: float, last: float, count: int) -> np.ndarray:
+    """torch.linspace in float32: a float32 step, counted from the nearer end, rounded once."""
+    start, stop = np.float32(first), np.float32(last)
+    step = np.float64((stop - start) / np.float32(max(count - 1, 1)))
+    i = np.arange(count)
+    rising, falling = start + step * i, stop - step * (count - 1 - i)
+    return np.where(i < max(count // 2, 1), rising, falling).astype(np.float32)

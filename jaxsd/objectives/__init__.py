@@ -1,6 +1,6 @@
 """What is minimised: one file for each objective, all of them run by `jaxsd.training`."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from jaxsd.nn import Params
 Batch = dict[str, jax.Array]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What the training loop asks of an objective.
 

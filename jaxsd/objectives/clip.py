@@ -54,15 +54,14 @@ class CLIP:
         return self.net.init(key) if self.initial is None else self.initial
 
     def loss(self, params: Params, aux: Any, batch: Batch, key: jax.Array):
-        # The temperature may not fall below 1/100 (the paper, section 2.5).
-        limit = params | {"logit_scale": jnp.minimum(params["logit_scale"], math.log(100))}
-        return contrastive_loss(*self.net(limit, batch["input_ids"], batch["image"]))
+        params = _limit_scale(params)
+        return contrastive_loss(*self.net(params, batch["input_ids"], batch["image"]))
 
     def preview(self, params: Params) -> np.ndarray | None:
         return None
 
     def export(self, params: Params, folder: str | Path) -> None:
-        folder = Path(folder)
+        folder, params = Path(folder), _limit_scale(params)
         net = Net(CLIPTextModel(self.text))
         tower = {name: params[name] for name in net.shapes}
         save_component(folder / "text_encoder", net, tower)
@@ -76,3 +75,8 @@ class CLIP:
         }
         weights.write_json(folder / "clip" / "config.json", config)
         weights.save(params, folder / "clip", weights.TRANSFORMERS_FILE)
+
+
+def _limit_scale(params: Params) -> Params:
+    """The temperature may not fall below 1/100 (the paper, section 2.5)."""
+    return params | {"logit_scale": jnp.minimum(params["logit_scale"], math.log(100))}

@@ -241,7 +241,7 @@ class Net:
     """
 
     def __init__(self, module: nnx.Module):
-        self.config = getattr(module, "config", None)
+        self.config: Any = getattr(module, "config", None)
         self._graph, state = nnx.split(module)
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(
             state, is_leaf=lambda x: isinstance(x, nnx.Variable)

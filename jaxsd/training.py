@@ -92,9 +92,13 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
             learning_rate_schedule(options),
             b2=0.99,
             weight_decay=options.weight_decay,
-            mask=lambda params: {name: value.ndim > 1 for name, value in params.items()},
+            mask=_matrices,
         ),
     )
+
+
+def _matrices(params: Any) -> Any:
+    return {name: value.ndim > 1 for name, value in params.items()}
 
 
 def init_state(objective: Objective, optimizer: optax.GradientTransformation, seed: int):
@@ -123,7 +127,7 @@ def make_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integer counts
             learning_rate = jnp.asarray(rate(state.step), jnp.float32)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         # Early on the average would be mostly the initial values: let it grow to its full length.
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(options.ema_decay, (1 + count) / (10 + count))

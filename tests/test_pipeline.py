@@ -20,7 +20,13 @@ from jaxsd.pipeline import Component, Pipeline
 from jaxsd.tokenizer import PromptTruncated
 
 PROMPT, NEGATIVE = "a red seven", "blue"
-CALL = {"prompts": PROMPT, "negative_prompt": NEGATIVE, "steps": 3, "seeds": 5, "guidance_scale": 20.0}
+CALL = {
+    "prompts": PROMPT,
+    "negative_prompt": NEGATIVE,
+    "steps": 3,
+    "seeds": 5,
+    "guidance_scale": 20.0,
+}
 
 
 def component(module, seed: int) -> Component:
@@ -272,15 +278,14 @@ def test_half_precision_files(pipe, tmp_path, dtype):
         assert {str(value.dtype) for part in params.values() for value in part.values()} == {found}
 
 
-def test_saving_replaces_what_stood_there(pipe, pixel_pipe, folder):
+def test_saving_replaces_what_stood_there(pipe, folder):
     (folder / "notes.txt").write_text("mine")
     (folder / "unet" / "config.json").write_text("{}")
     before = listing(folder)
     pipe.save(folder)
-    assert listing(folder) == before and listing(folder.parent).count("model") == 1
+    assert listing(folder) == before and os.listdir(folder.parent) == ["model"]
     assert (folder / "notes.txt").read_text() == "mine"
     jaxsd.load(folder)
-    assert os.listdir(folder.parent) == ["model"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -314,9 +319,7 @@ def test_saving_here(pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipe.save(".")
     assert "model_index.json" in os.listdir(tmp_path)
-    assert os.listdir(tmp_path.parent) == [tmp_path.name] or not list(
-        tmp_path.parent.glob(".*partial")
-    )
+    assert not list(tmp_path.parent.glob(".*partial"))
 
 
 def test_models_that_are_none(tmp_path):

@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 class FixedNoise(DDPM):
-    """DDPM with noise and times from the batch: the mean over devices is the mean over the batch."""
+    """DDPM with noise and times from the batch, so that a device's share needs no key."""
 
     def loss(self, params, aux, batch, key):
         alpha, sigma = (a[:, None, None, None] for a in self.schedule.alpha_sigma(batch["t"]))

@@ -67,7 +67,7 @@ def run(options: Options) -> list[Path]:
 
     _check(options)
     pipe = pipeline.load(options.model, getattr(jnp, options.dtype))
-    settings = dict(
+    settings: dict[str, Any] = dict(
         steps=options.steps,
         guidance_scale=options.guidance_scale,
         guidance_rescale=options.guidance_rescale,

@@ -21,7 +21,7 @@ def denoising_loss(
     params: Params,
     schedule: Schedule,
     x0: jax.Array,
-    conditioning: dict[str, jax.Array],
+    conditioning: dict[str, Any],
     key: jax.Array,
     continuous: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

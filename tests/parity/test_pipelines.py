@@ -33,7 +33,6 @@ SD = {
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **SD),
     "euler": diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **SD),
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler(**SD),
 }
 
 
@@ -102,14 +101,14 @@ def ours(folder) -> Pipeline:
     return jaxsd.load(folder)
 
 
-def their_pictures(theirs, ours, sampler="ddim", **options) -> np.ndarray:
+def their_pictures(theirs, ours, scheduler=SCHEDULERS["ddim"], **options) -> np.ndarray:
     """From the latents that ours starts from, in whole numbers."""
-    theirs.scheduler = SCHEDULERS[sampler]
+    theirs.scheduler = scheduler
     images = theirs(
         prompt=PROMPTS,
         negative_prompt=NEGATIVES,
         num_inference_steps=10,
-        latents=nchw(np.asarray(ours.noise(SEEDS))),
+        latents=nchw(np.array(ours.noise(SEEDS))),
         height=SIZE,
         width=SIZE,
         **{"guidance_scale": 7.5} | options,
@@ -118,10 +117,7 @@ def their_pictures(theirs, ours, sampler="ddim", **options) -> np.ndarray:
 
 
 def our_pictures(ours, sampler="ddim", **options) -> np.ndarray:
-    # "leading" for them all, so that each sampler's own spacing is in its scheduler above.
-    images = ours(
-        PROMPTS, SEEDS, steps=10, negative_prompt=NEGATIVES, sampler=sampler, **options
-    )
+    images = ours(PROMPTS, SEEDS, steps=10, negative_prompt=NEGATIVES, sampler=sampler, **options)
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
@@ -135,24 +131,25 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 def test_the_same_pictures(ours, theirs, sampler):
-    expected = their_pictures(theirs, ours, sampler)
+    expected = their_pictures(theirs, ours, SCHEDULERS[sampler])
     assert difference(our_pictures(ours, sampler), expected) <= TOLERANCE
-    plain = our_pictures(ours, sampler, guidance_scale=1.0)
+    plain = their_pictures(theirs, ours, SCHEDULERS[sampler], guidance_scale=1.0)
+    assert difference(our_pictures(ours, sampler, guidance_scale=1.0), plain) <= TOLERANCE
     assert np.abs(plain - expected).max() > 10  # guidance does something here
-    assert difference(plain, their_pictures(theirs, ours, sampler, guidance_scale=1.0)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("option", [{"guidance_rescale": 0.7}, {"clip_skip": 1}], ids=str)
-def test_options(ours, theirs, option):
+def test_options(ours, theirs, option, monkeypatch):
+    # transformers >= 5.6 did away with this name, which diffusers' clip_skip still looks for.
+    if not hasattr(theirs.text_encoder, "text_model"):
+        monkeypatch.setitem(theirs.text_encoder.__dict__, "text_model", theirs.text_encoder)
     expected = their_pictures(theirs, ours, **option)
     assert np.abs(expected - their_pictures(theirs, ours)).max() > 2  # it does something here
     assert difference(our_pictures(ours, **option), expected) <= TOLERANCE
 
 
-def reopened(folder, **kwargs) -> diffusers.StableDiffusionPipeline:
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-        folder, local_files_only=True, torch_dtype=torch.float32, **kwargs
-    )
+def reopened(folder) -> diffusers.StableDiffusionPipeline:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -161,8 +158,8 @@ def test_what_we_save_opens_there(ours, theirs, tmp_path):
     ours.save(tmp_path / "model")
     again = reopened(tmp_path / "model")
     assert type(again.scheduler) is diffusers.DDIMScheduler
-    SCHEDULERS["reopened"] = again.scheduler
-    assert difference(our_pictures(ours), their_pictures(again, ours, "reopened")) <= TOLERANCE
+    expected = their_pictures(again, ours, again.scheduler)
+    assert difference(our_pictures(ours), expected) <= TOLERANCE
     # Not a bit of the weights is lost on the way there and back.
     for name in ("unet", "vae", "text_encoder"):
         before, after = (getattr(pipe, name).state_dict() for pipe in (theirs, again))
@@ -179,7 +176,7 @@ def test_half_precision_opens_there(ours, tmp_path, dtype):
         loaded = ours_again.params[name]
         for key, value in getattr(again, name).state_dict().items():
             key = key if key in loaded else f"text_model.{key}"
-            np.testing.assert_array_equal(loaded[key], value.numpy())
+            np.testing.assert_array_equal(loaded[key], value.float().numpy())
 
 
 def test_their_half_precision_folder_loads(ours, theirs, folder, tmp_path):
@@ -233,7 +230,7 @@ def test_a_class_conditional_model_opens_there(tmp_path):
 
     classes, scale = ["seven", "3"], 3.0
     cond = torch.eye(10)[[7, 3]]
-    x = nchw(np.asarray(pipe.noise(SEEDS)))
+    x = nchw(np.array(pipe.noise(SEEDS)))
     scheduler.set_timesteps(10)
     with torch.no_grad():
         for t in scheduler.timesteps:

@@ -1,0 +1,104 @@
+"""Imports go one way, and what is heavy is loaded only when it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxsd
+
+PACKAGE = Path(jaxsd.__file__).parent
+MODULES = {
+    ".".join(("jaxsd", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+# What a part of the package may import of the package, besides itself.
+ALLOWED = {
+    "errors": (),
+    "nn": (),
+    "models": ("errors", "nn"),
+    "diffusion": ("errors", "models.config"),
+    "families": ("errors", "models", "diffusion.schedule"),
+    "tokenizer": ("errors",),
+    "weights": ("errors", "nn"),
+    "sharding": ("errors", "nn"),
+    "checkpoints": ("errors", "nn"),
+    "pipeline": (
+        "errors",
+        "nn",
+        "models",
+        "families",
+        "diffusion",
+        "tokenizer",
+        "weights",
+        "sharding",
+    ),
+}
+NEVER = {
+    "objectives": ("training", "cli", "evaluation"),
+    "training": ("cli", "evaluation"),
+    "data": ("models", "pipeline", "objectives", "training", "cli"),
+    "evaluation": ("training", "objectives", "cli"),
+}
+FOREIGN = ("torch", "diffusers")
+
+
+def imports(path: Path, lazily: bool = True) -> set[str]:
+    """Every module that a file imports, by full name; `lazily` counts those inside functions."""
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree) if lazily else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            # `from jaxsd import weights` is jaxsd.weights, but not every name is a module.
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in names}
+    return found
+
+
+def inside(module: str, part: str) -> bool:
+    return module == f"jaxsd.{part}" or module.startswith(f"jaxsd.{part}.")
+
+
+def of(part: str) -> dict[str, set[str]]:
+    """The jaxsd modules that each module of a part imports from outside it."""
+    modules = {name: path for name, path in MODULES.items() if inside(name, part)}
+    assert modules, f"no part {part}"
+    return {
+        name: {m for m in imports(path) if m.split(".")[0] == "jaxsd" and not inside(m, part)}
+        for name, path in modules.items()
+    }
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_go_one_way(part):
+    for name, wanted in of(part).items():
+        wrong = {m for m in wanted if not any(inside(m, other) for other in ALLOWED[part])}
+        assert not wrong, f"{name} must not import {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("part", NEVER)
+def test_what_stands_on_top_is_not_imported_from_below(part):
+    for name, wanted in of(part).items():
+        wrong = {m for m in wanted if any(inside(m, other) for other in NEVER[part])}
+        assert not wrong, f"{name} must not import {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_needs_torch(name):
+    # `jaxsd compare` alone holds numbers against PyTorch's, and loads it when it is called.
+    wanted = imports(MODULES[name], lazily=not name.endswith(".compare"))
+    assert not {m for m in wanted if m.split(".")[0] in FOREIGN}
+
+
+def test_importing_jaxsd_is_light():
+    heavy = ("torch", "diffusers", "sklearn", "grain", "orbax", "transformers", "scipy.stats")
+    code = f"import sys, jaxsd; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxsd import weights
 from jaxsd.cli import run_command
-from jaxsd.pipeline import PRETRAINED
+from jaxsd.components import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
 

@@ -28,7 +28,9 @@ ALLOWED = {
     "weights": ("errors", "nn"),
     "sharding": ("errors", "nn"),
     "checkpoints": ("errors", "nn"),
+    "components": ("errors", "nn", "models", "weights"),
     "pipeline": (
+        "components",
         "errors",
         "nn",
         "models",

@@ -11,7 +11,8 @@ import tiny
 from scipy.special import log_softmax
 
 import jaxsd
-from jaxsd import pipeline, training, weights
+from jaxsd import components, training, weights
+from jaxsd.components import Component
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from jaxsd.nn import Net
@@ -19,7 +20,6 @@ from jaxsd.objectives.clip import contrastive_loss
 from jaxsd.objectives.ddpm import denoising_loss
 from jaxsd.objectives.vae import kl_divergence
 from jaxsd.pictures import to_uint8
-from jaxsd.pipeline import Component
 from jaxsd.tokenizer import Tokenizer
 
 KEY = jax.random.key(3)
@@ -302,7 +302,7 @@ def test_an_exported_ddpm_opens_and_makes_pictures(objectives, tmp_path):
 def test_an_exported_vae_opens_with_the_measured_scale(objectives, tmp_path):
     objective, params, _ = objectives["vae"]
     objective.export(params, tmp_path)
-    vae = pipeline.load_component(tmp_path / "vae")
+    vae = components.load_component(tmp_path / "vae")
     assert_equal(vae.params, params)
     assert vae.net.config.scaling_factor == pytest.approx(objective.scaling_factor(params))
 
@@ -310,7 +310,7 @@ def test_an_exported_vae_opens_with_the_measured_scale(objectives, tmp_path):
 def test_an_exported_clip_gives_text_tower_tokenizer_and_both_towers(objectives, tmp_path):
     objective, params, batch = objectives["clip"]
     objective.export(params, tmp_path)
-    text = pipeline.load_component(tmp_path / "text_encoder")
+    text = components.load_component(tmp_path / "text_encoder")
     words = Tokenizer(tmp_path / "tokenizer")
     assert len(words) == text.net.config.vocab_size
     assert words.eos_token_id == text.net.config.eos_token_id

@@ -12,11 +12,12 @@ import pytest
 import tiny
 
 import jaxsd
+from jaxsd.components import Component
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
 from jaxsd.models import AutoencoderKL, CLIPTextModel, UNet
 from jaxsd.nn import Net
-from jaxsd.pipeline import Component, Pipeline
+from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import PromptTruncated
 
 PROMPT, NEGATIVE = "a red seven", "blue"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsd.components import Component
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import (
     AutoencoderKL,
@@ -20,7 +21,6 @@ from jaxsd.objectives.clip import CLIP
 from jaxsd.objectives.ddpm import DDPM
 from jaxsd.objectives.text_to_image import TextToImage
 from jaxsd.objectives.vae import VAE
-from jaxsd.pipeline import Component
 from jaxsd.tokenizer import Tokenizer, train_tokenizer
 
 CLASSES = 10

@@ -163,7 +163,7 @@ def _clip(recipe: CLIP, dataset: Any):
 def _text_to_image(recipe: TextToImage, dataset: Any):
     import jax.numpy as jnp
 
-    from jaxsd import families, pipeline
+    from jaxsd import components, families
     from jaxsd.objectives.text_to_image import TextToImage as Objective
     from jaxsd.tokenizer import Tokenizer
 
@@ -172,12 +172,12 @@ def _text_to_image(recipe: TextToImage, dataset: Any):
             "text-to-image needs --vae and --text-encoder, each a trained model folder"
         )
     family = families.get_family(recipe.family)
-    text_encoder = pipeline.load_component(recipe.text_encoder / "text_encoder", jnp.float32)
+    text_encoder = components.load_component(recipe.text_encoder / "text_encoder", jnp.float32)
     tokenizer = Tokenizer(recipe.text_encoder / "tokenizer")
     objective = Objective(
         family.unet,
         _with_prediction(family.schedule, recipe.prediction_type),
-        pipeline.load_component(recipe.vae / "vae", jnp.float32),
+        components.load_component(recipe.vae / "vae", jnp.float32),
         text_encoder,
         tokenizer,
         caption_dropout=recipe.caption_dropout,

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsd import weights
+from jaxsd.components import save_component
 from jaxsd.models import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch
-from jaxsd.pipeline import save_component
 from jaxsd.tokenizer import Tokenizer
 
 

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsd.components import Component
 from jaxsd.diffusion.schedule import Schedule, prediction_target
 from jaxsd.models import UNet, UNetConfig
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch
 from jaxsd.pictures import tile
-from jaxsd.pipeline import Component, Pipeline
+from jaxsd.pipeline import Pipeline
 
 
 def denoising_loss(

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsd.components import Component
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import UNet, UNetConfig
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch
 from jaxsd.objectives.ddpm import denoising_loss
 from jaxsd.pictures import tile
-from jaxsd.pipeline import Component, Pipeline
+from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import Tokenizer
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsd.components import save_component
 from jaxsd.models import AutoencoderKL, VAEConfig
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch
 from jaxsd.pictures import tile, to_uint8
-from jaxsd.pipeline import save_component
 
 
 def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:

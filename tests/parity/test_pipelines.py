@@ -11,10 +11,11 @@ import transformers
 from torch_reference import nchw, randomise
 
 import jaxsd
+from jaxsd.components import Component
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import UNet, UNetConfig
 from jaxsd.nn import Net
-from jaxsd.pipeline import Component, Pipeline
+from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import train_tokenizer
 
 TOLERANCE = 1  # of 255, from rounding to whole numbers on both sides

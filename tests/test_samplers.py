@@ -137,7 +137,10 @@ PICTURE = jnp.asarray(
     ],
 )
 def test_ddim_constants(options, total):
-    end = run("ddim", dataclasses.replace(LINEAR, **options), standin, PICTURE, 10)
+    schedule = dataclasses.replace(LINEAR, **options)
+    # The noise levels are in the steps: one program for each prediction type.
+    compiled = dataclasses.replace(LINEAR, prediction_type=schedule.prediction_type)
+    end = run("ddim", compiled, standin, PICTURE, make_steps(schedule, "ddim", 10))
     assert abs(float(jnp.abs(end).sum()) - total) < 1e-2
 
 

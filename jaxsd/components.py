@@ -4,9 +4,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxsd import weights
 from jaxsd.errors import JaxsdError
-from jaxsd.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfig, VAEConfig
+from jaxsd.models import (
+    AutoencoderKL,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxsd.nn import Net, Params
 
 # What a component folder holds: its config class and its module.
@@ -32,6 +43,18 @@ def load_component(folder: Path, dtype: Any = None) -> Component:
     config = config_class.from_json(weights.read_json(file), str(file))
     net = Net(module(config))
     return Component(net, weights.load(folder, net, dtype))
+
+
+def load_clip(folder: Path) -> Component:
+    """Reads `clip/`: both towers, as `train.py clip` leaves them and CLIPModel opens them."""
+    values = weights.read_json(folder / "config.json")
+    configs = []
+    for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+        if not isinstance(values.get(name), dict):
+            raise JaxsdError(f"{folder / 'config.json'} has no {name}: not a CLIP model")
+        configs.append(kind.from_json(values[name], f"{folder / 'config.json'}, {name}"))
+    net = Net(CLIPModel(*configs))
+    return Component(net, weights.load(folder, net, np.float32))
 
 
 def save_component(folder: Path, net: Net, params: Params, dtype: Any = None) -> None:

@@ -1,7 +1,6 @@
 """The loop does what its options say, and a training that was killed ends with the same bits."""
 
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -321,58 +320,59 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, taken, kind):
 # --- Killed ----------------------------------------------------------------------------------
 
 
-def start(workdir):
-    flags = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+def start(workdir, pause_at):
     return subprocess.Popen(
-        [sys.executable, toy.__file__, str(workdir)],
-        env=os.environ | flags,
+        [sys.executable, toy.__file__, str(workdir), str(pause_at)],
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
 
 
 def wait_for(condition, process):
-    for _ in range(12_000):
-        if condition() or process.poll() is not None:
-            return
+    while not condition():
+        assert process.poll() is None, "ended early"
         time.sleep(0.005)
-    raise AssertionError("a minute passed")
+
+
+def kill_midway(workdir, pause_at, while_saving, rng):
+    """Runs a training that has no end, and kills it once it has made some progress."""
+    log, saves = workdir / "metrics.jsonl", workdir / "checkpoints"
+
+    def size():
+        return log.stat().st_size if log.exists() else 0
+
+    def paused():
+        return f'{{"step": {pause_at},' in log.read_text()
+
+    def saving():
+        return saves.exists() and any("tmp" in path.name for path in saves.iterdir())
+
+    before = size()
+    process = start(workdir, pause_at)
+    try:
+        wait_for(lambda: size() > before, process)
+        if while_saving:
+            wait_for(lambda: saving() or paused(), process)
+        else:
+            time.sleep(rng.uniform(0, 0.3))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
 
 
 def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    reference = start(whole)
     rng = random.Random(0)
-    saves, log = cut / "checkpoints", cut / "metrics.jsonl"
-
-    def saving():
-        return any("tmp" in p.name for p in saves.iterdir()) if saves.exists() else False
-
-    def length():
-        return log.stat().st_size if log.exists() else 0
-
-    for attempt in itertools.count():
-        process = start(cut)
-        if attempt < 4:
-            before = length()
-            wait_for(lambda b=before: length() > b, process)  # a step was logged
-            if attempt % 2:
-                time.sleep(rng.uniform(0, 0.25))
-            else:
-                wait_for(saving, process)
-            process.send_signal(signal.SIGKILL)
-        errors = process.communicate()[1].decode()
-        assert process.returncode == (-signal.SIGKILL if attempt < 4 else 0), errors
-        if attempt == 4:
-            break
-    assert reference.communicate() and reference.returncode == 0
+    for i in range(4):
+        kill_midway(cut, pause_at=24 * (i + 1), while_saving=i % 2 == 0, rng=rng)
+    assert [start(workdir, -1).wait() for workdir in (cut, whole)] == [0, 0]
 
     for name in ("config.json", "model/" + weights.DIFFUSERS_FILE):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert logged(cut) == logged(whole)
     assert logged(cut)[1] == list(range(2, 121, 2))
-    optimizer = training.make_optimizer(OPTIONS)
-    like = training.init_state(Regression(), optimizer, 0)
+    like = training.init_state(Regression(), training.make_optimizer(OPTIONS), 0)
     states = []
     for workdir in (whole, cut):
         saved = Checkpoints(workdir / "checkpoints")

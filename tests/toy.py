@@ -1,4 +1,4 @@
-"""A training that costs nothing: a noisy linear regression. `python toy.py WORKDIR` runs it."""
+"""A training that costs nothing: a noisy linear regression. Runs as `toy.py WORKDIR PAUSE_AT`."""
 
 import sys
 import time
@@ -47,10 +47,13 @@ OPTIONS = Options(120, batch_size=8, warmup_steps=5, save_every=4, log_every=2, 
 
 
 if __name__ == "__main__":
+    workdir, pause_at = sys.argv[1], int(sys.argv[2])
 
     def slow_batches(start, stop):
-        for batch in batches(start, stop):
+        for i, batch in enumerate(batches(start, stop), start):
             time.sleep(0.02)
+            while i == pause_at:  # until killed
+                time.sleep(1)
             yield batch
 
-    train(Regression(), slow_batches, OPTIONS, sys.argv[1], {"recipe": "regression"})
+    train(Regression(), slow_batches, OPTIONS, workdir, {"recipe": "regression"})

@@ -32,7 +32,7 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Every row of the report: figures, or (mean, standard deviation over sampling seeds)."""
-    from jaxsd import pipeline
+    from jaxsd import components, pipeline
     from jaxsd.evaluation import models, report
 
     pipe = pipeline.load(options.model)
@@ -50,6 +50,9 @@ def run(options: Options) -> dict[str, Any]:
     if options.controls:
         rows |= (report.controls if pixel else report.picture_controls)(count=how.count)
     result: dict[str, Any] = {"sampling": dataclasses.asdict(how), "rows": rows}
+    clip = components.find(options.model) / "clip"
+    if clip.is_dir() and pipe.tokenizer is not None:
+        result["zero_shot"] = models.zero_shot(components.load_clip(clip), pipe.tokenizer)
     if options.negative_prompts and not pixel:
         how = dataclasses.replace(how, count=options.negative_prompts)
         result["negative_prompts"] = models.negative_prompt_shares(pipe, how)
@@ -71,6 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{how['steps']} {how['sampler']} steps; ± is the spread over sampling seeds\n"
     )
     print(report.format_table(result["rows"]))
+    if shot := result.get("zero_shot"):
+        said = ", ".join(f"{name} {share:.1%}" for name, share in shot.items())
+        print(f"\nCLIP, zero-shot on the held-out scans: {said}")
     if shares := result.get("negative_prompts"):
         print('\n"a seven" with a colour as negative prompt: the share of strokes in that colour\n')
         print("| negative prompt | without | with | still a seven |\n| --- | --- | --- | --- |")

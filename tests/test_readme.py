@@ -1,0 +1,65 @@
+"""The README is true: its commands and its Python run as they stand there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jaxsd.cli import run_command
+from jaxsd.components import PRETRAINED
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for line in README.splitlines() if line.startswith("python ")]
+
+
+def test_the_two_lines_of_the_set_up():
+    lines = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert len(lines) == 2 and lines[0].split("&&")[-1].strip().startswith(
+        ".venv/bin/python sample"
+    )
+    assert lines[1].endswith("-m pytest -q")
+
+
+def test_the_python_block(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    scope: dict = {}
+    exec(block[1], scope)
+    assert len(capsys.readouterr().out.splitlines()) == 30  # the callback saw every step
+    assert scope["images"][0].size == (32, 32)
+    assert set(scope["params"]) == set(scope["pipe"].unet.shapes)
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if " sample.py " in c and "path/to" not in c])
+def test_sample_commands(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path.parent / "programs"))
+    run_command("sample", shlex.split(line)[2:])
+    printed = capsys.readouterr().out.split()
+    assert printed
+    for path in printed:
+        with Image.open(path) as image:
+            image.verify()
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if " train.py " in c and "runs/" in c])
+def test_train_commands_build_what_they_train(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(line)[2:]
+    for i, argument in enumerate(arguments):
+        # In place of what earlier commands would have left: the model that ships
+        if argument.startswith("runs/") and argument.endswith("/model"):
+            arguments[i] = str(PRETRAINED / "digits")
+    run_command("train", [*arguments, "--dry-run"])
+    assert "parameters" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        with Image.open(ROOT / path) as image:
+            assert min(image.size) > 100

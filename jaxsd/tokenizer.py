@@ -92,7 +92,6 @@ def train_tokenizer(corpus: Iterable[str], folder: str | Path, vocab_size: int) 
     vocab += ["".join(pair) for pair in merges] + [START, END]
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
     files = {
@@ -101,8 +100,12 @@ def train_tokenizer(corpus: Iterable[str], folder: str | Path, vocab_size: int) 
         "tokenizer_config.json": json.dumps(config, indent=2),
         "special_tokens_map.json": json.dumps(special, indent=2),
     }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise JaxsdError(f"cannot write {folder}: {error.strerror or error}") from None
     return Tokenizer(folder)
 
 

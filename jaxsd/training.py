@@ -71,6 +71,10 @@ class Options:
             raise JaxsdError(f"ema_decay must be in [0, 1), not {self.ema_decay}")
 
 
+# Options that decide what is told and kept on the way, not what comes out: free on resuming.
+REPORTING = {"save_every", "log_every", "sample_every"}
+
+
 def learning_rate_schedule(options: Options) -> optax.Schedule:
     """Linear warm-up to `learning_rate`, then decay to 0 at the last step (or none)."""
     warmup = min(options.warmup_steps, options.steps)
@@ -225,7 +229,8 @@ def _claim(workdir: Path, config: dict[str, Any]) -> None:
         write_json(file, config)
         return
     old = read_json(file)
-    if changed := [name for name in sorted({*old, *config}) if old.get(name) != config.get(name)]:
+    names = sorted({*old, *config} - REPORTING)
+    if changed := [name for name in names if old.get(name) != config.get(name)]:
         said = "; ".join(f"{n} {old.get(n)!r}, now {config.get(n)!r}" for n in changed)
         raise JaxsdError(
             f"{workdir} holds a training with other options ({said}): resume it with "

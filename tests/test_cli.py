@@ -170,6 +170,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys):
     [
         (("ddpm", "--data", "cats"), ["cats", "digit-scans"]),
         (("ddpm", "--steps", 0), ["steps", "0"]),
+        (("ddpm", "--class-dropout", 1.5), ["class_dropout", "1.5"]),
         (("vae", "--family", "digits-ddpm"), ["digits-ddpm", "VAE"]),
         (("text-to-image",), ["--vae", "--text-encoder"]),
     ],

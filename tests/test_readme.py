@@ -20,7 +20,7 @@ def test_the_two_lines_of_the_set_up():
     assert len(lines) == 2 and lines[0].split("&&")[-1].strip().startswith(
         ".venv/bin/python sample"
     )
-    assert lines[1].endswith("-m pytest -q")
+    assert lines[1].endswith("-m pytest -q -n auto --dist loadfile")
 
 
 def test_the_python_block(tmp_path, monkeypatch, capsys):

@@ -324,8 +324,6 @@ def start(workdir, pause_at):
     return subprocess.Popen(
         [sys.executable, toy.__file__, str(workdir), str(pause_at)],
         env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
     )
 
 
@@ -366,7 +364,8 @@ def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     rng = random.Random(0)
     for i in range(4):
         kill_midway(cut, pause_at=24 * (i + 1), while_saving=i % 2 == 0, rng=rng)
-    assert [start(workdir, -1).wait() for workdir in (cut, whole)] == [0, 0]
+    processes = [start(workdir, -1) for workdir in (cut, whole)]
+    assert [process.wait() for process in processes] == [0, 0]
 
     for name in ("config.json", "model/" + weights.DIFFUSERS_FILE):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()

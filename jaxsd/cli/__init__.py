@@ -29,11 +29,14 @@ def main() -> None:
 def run_command(name: str, argv: list[str] | None = None) -> None:
     """Runs one command; an error that the user can mend becomes one line and exit status 2."""
     from jaxsd.errors import JaxsdError
+    from jaxsd.tokenizer import PromptTruncated
 
-    warnings.showwarning = _one_line_warning
     try:
         _use_compilation_cache()
-        importlib.import_module(f"jaxsd.cli.{name}").main(argv)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", PromptTruncated)
+            warnings.showwarning = _one_line_warning
+            importlib.import_module(f"jaxsd.cli.{name}").main(argv)
     except JaxsdError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -120,7 +120,8 @@ def _ddpm(recipe: DDPM, dataset: Any):
     family = families.get_family(recipe.family)
     schedule = _with_prediction(family.schedule, recipe.prediction_type)
     continuous = recipe.time == "continuous"
-    return Objective(family.unet, schedule, continuous, recipe.class_dropout), None
+    dropout = _share("class_dropout", recipe.class_dropout)
+    return Objective(family.unet, schedule, continuous, dropout), None
 
 
 def _vae(recipe: VAE, dataset: Any):
@@ -180,7 +181,7 @@ def _text_to_image(recipe: TextToImage, dataset: Any):
         components.load_component(recipe.vae / "vae", jnp.float32),
         text_encoder,
         tokenizer,
-        caption_dropout=recipe.caption_dropout,
+        caption_dropout=_share("caption_dropout", recipe.caption_dropout),
         preview_prompts=[dataset[(1 << 24) + i]["caption"] for i in range(8)],
     )
     return objective, _tokenize(tokenizer, text_encoder.net.config.max_position_embeddings)
@@ -192,6 +193,12 @@ _OBJECTIVES: dict[type, Callable[[Any, Any], tuple[Any, Any]]] = {
     CLIP: _clip,
     TextToImage: _text_to_image,
 }
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise JaxsdError(f"{name} must be from 0 to 1, not {value}")
+    return value
 
 
 def _with_prediction(schedule: Any, prediction_type: str | None) -> Any:

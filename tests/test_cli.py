@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from jaxsd import weights
 from jaxsd.cli import run_command
@@ -137,9 +139,7 @@ def test_a_folder_without_a_component_is_refused(tmp_path, capsys):
 def test_a_misshapen_weight_is_refused(tmp_path, capsys):
     model = copy_of("digits-ddpm", tmp_path)
     file = model / "unet" / weights.DIFFUSERS_FILE
-    from safetensors.numpy import load_file
-
-    tensors = load_file(file)
+    tensors = {name: jnp.asarray(value) for name, value in load_file(file).items()}
     tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :, :2]
     del tensors["conv_out.bias"]
     weights.save(tensors, model / "unet")

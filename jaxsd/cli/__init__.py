@@ -31,6 +31,8 @@ def run_command(name: str, argv: list[str] | None = None) -> None:
     from jaxsd.errors import JaxsdError
     from jaxsd.tokenizer import PromptTruncated
 
+    # transformers, used for its tokenizer alone, would advise at every start to install torch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _use_compilation_cache()
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Layers as they are against the plain way of writing them, forward and backward.
+"""Layers as they are against the plain way of writing them: forward and backward, or in a loop.
 
 `python benchmarks/layers.py` prints the time of ours as a share of the plain form's, median and
 range over interleaved rounds in one run. Absolute times say nothing: they depend on the machine.
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsd.nn import GroupNorm, Linear, Net
+from jaxsd.nn import Conv2d, GroupNorm, Linear, Net
 
 ROUNDS = 15
 
@@ -27,9 +27,24 @@ def plain_group_norm(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Ar
     return (centred * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape) * weight + bias
 
 
+def plain_conv(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    axes = ("NHWC", "OIHW", "NHWC")
+    x = jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=axes)
+    return x + bias
+
+
 def step(function: Callable) -> Callable:
     """The gradient of a sum of squares with respect to every argument, compiled."""
     return jax.jit(jax.grad(lambda x, w, b: jnp.square(function(x, w, b)).sum(), argnums=(0, 1, 2)))
+
+
+def in_loop(function: Callable) -> Callable:
+    """Four applications inside `fori_loop`, as a sampler applies its network."""
+
+    def loop(x, w, b):
+        return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(function(x, w, b)), x)
+
+    return jax.jit(loop)
 
 
 def seconds(function: Callable, arguments: tuple[jax.Array, ...]) -> float:
@@ -38,8 +53,10 @@ def seconds(function: Callable, arguments: tuple[jax.Array, ...]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, ours: Callable, plain: Callable, arguments: tuple) -> None:
-    ours, plain = step(ours), step(plain)
+def compare(
+    name: str, ours: Callable, plain: Callable, arguments: tuple, use: Callable = step
+) -> None:
+    ours, plain = use(ours), use(plain)
     for function in (ours, plain):
         seconds(function, arguments)  # compiles
     ratios = [seconds(ours, arguments) / seconds(plain, arguments) for _ in range(ROUNDS)]
@@ -70,6 +87,17 @@ def main() -> None:
 
         arguments = (x, params["weight"], params["bias"])
         compare(f"GroupNorm {list(shape)}", ours, plain_group_norm, arguments)
+    for shape in ((64, 8, 8, 64), (1, 32, 32, 320)):
+        net = Net(Conv2d(shape[-1], shape[-1], 3, padding=1))
+        x = jax.random.normal(jax.random.key(0), shape)
+        params = net.init(jax.random.key(1))
+
+        def ours(x, w, b, net=net):
+            return net({"weight": w, "bias": b}, x)
+
+        arguments = (x, params["weight"], params["bias"])
+        compare(f"Conv2d {list(shape)}", ours, plain_conv, arguments)
+        compare(f"Conv2d {list(shape)}, in a loop", ours, plain_conv, arguments, in_loop)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The parts of a model on disk: where a model is, and its component folders, read and written."""
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,13 @@ class Component:
     params: Params
 
 
-def load_component(folder: Path, dtype: Any = None) -> Component:
+def load_component(folder: Path, dtype: Any = None, variant: str | None = None) -> Component:
     """Reads `unet/`, `vae/` or `text_encoder/`: the name of the folder says which."""
     config_class, module = COMPONENTS[folder.name]
     file = folder / "config.json"
     config = config_class.from_json(weights.read_json(file), str(file))
     net = Net(module(config))
-    return Component(net, weights.load(folder, net, dtype))
+    return Component(net, weights.load(folder, net, dtype, variant))
 
 
 def load_clip(folder: Path) -> Component:
@@ -68,7 +70,7 @@ def save_component(folder: Path, net: Net, params: Params, dtype: Any = None) ->
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
-def find(model: str | Path) -> Path:
+def find(model: str | Path, variant: str | None = None) -> Path:
     """The folder of a model; downloads it first if it is a Hub id that names no local folder."""
     shipped = sorted(p.parent.name for p in PRETRAINED.glob("*/model_index.json"))
     if str(model) in shipped:
@@ -81,24 +83,43 @@ def find(model: str | Path) -> Path:
     if folder.is_file():
         raise JaxsdError(f"{folder} is a file: give a diffusers folder")
     if str(model).count("/") == 1 and not str(model).startswith((".", "/", "~")):
-        return _download(str(model))
+        return _download(str(model), variant)
     raise JaxsdError(
         f"unknown model {str(model)!r}: not a folder, and the models that ship are "
         f"{', '.join(shipped)}"
     )
 
 
-def _download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(repo: str, variant: str | None) -> Path:
+    """A repository's files of one form: a variant or the plain one, not the pickles beside them."""
+    from huggingface_hub import HfApi, snapshot_download
 
-    patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
-    patterns += [f"{name}/config.json" for name in COMPONENTS]
-    patterns += [f"{name}/{file}" for name in COMPONENTS for file in ("model.safetensors",)]
-    patterns += [f"{name}/diffusion_pytorch_model.safetensors" for name in COMPONENTS]
+    # The library raises a dozen kinds of errors, none of them ours to mend.
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:  # the library has a dozen kinds, none of them ours to mend
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise JaxsdError(
-            f"no folder {repo!r} here, and the Hub did not give a model of that name ({first})"
-        ) from None
+        files = HfApi().list_repo_files(repo)
+    except Exception as error:
+        with contextlib.suppress(Exception):  # no network: perhaps it was fetched before
+            return Path(snapshot_download(repo, local_files_only=True))
+        raise _no_model(repo, error) from None
+    try:
+        return Path(snapshot_download(repo, allow_patterns=needed_files(files, variant)))
+    except Exception as error:
+        raise _no_model(repo, error) from None
+
+
+def _no_model(repo: str, error: Exception) -> JaxsdError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return JaxsdError(
+        f"no folder {repo!r} here, and the Hub did not give a model of that name ({first})"
+    )
+
+
+def needed_files(files: Sequence[str], variant: str | None) -> list[str]:
+    """The files of a repository that a pipeline needs: of each component's weights one form."""
+    needed = [f for f in files if f == "model_index.json" or f.startswith("tokenizer/")]
+    needed += [f for f in files if f == "scheduler/scheduler_config.json"]
+    for name in COMPONENTS:
+        own = [f.removeprefix(f"{name}/") for f in files if f.startswith(f"{name}/")]
+        chosen = weights.choose_files(own, variant)
+        needed += [f"{name}/{f}" for f in own if f == "config.json" or f in chosen]
+    return needed

@@ -359,13 +359,14 @@ def _move_into(source: Path, target: Path) -> None:
         file.replace(place)
 
 
-def load(model: str | Path, dtype: Any = jnp.float32) -> Pipeline:
+def load(model: str | Path, dtype: Any = jnp.float32, variant: str | None = None) -> Pipeline:
     """Opens a model: the name of one that ships, a diffusers folder, or a Hub id ("owner/name").
 
-    dtype: of the weights and of the computation; None keeps each file's own. JaxsdError says what
-    is missing or wrong.
+    dtype: of the weights and of the computation; None keeps each file's own. variant: "fp16", say:
+    which of several files to read, in the components that have it. JaxsdError says what is missing
+    or wrong.
     """
-    folder = find(model)
+    folder = find(model, variant)
     index = weights.read_json(folder / "model_index.json")
     missing = [
         name
@@ -380,7 +381,9 @@ def load(model: str | Path, dtype: Any = jnp.float32) -> Pipeline:
     if "unet" not in index:
         raise JaxsdError(f"{folder}/model_index.json names no unet: not a model that jaxsd knows")
     schedule_file = folder / "scheduler" / "scheduler_config.json"
-    parts = {name: load_component(folder / name, dtype) for name in COMPONENTS if name in index}
+    parts = {
+        name: load_component(folder / name, dtype, variant) for name in COMPONENTS if name in index
+    }
     return Pipeline(
         schedule=Schedule.from_json(weights.read_json(schedule_file), str(schedule_file)),
         tokenizer=Tokenizer(folder / "tokenizer") if "tokenizer" in index else None,

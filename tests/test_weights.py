@@ -111,15 +111,58 @@ def test_which_file_of_a_folder(tmp_path):
     message = refused(weights.load, tmp_path / "unet", SHAPES)
     assert "unet does not exist" in message and DIFFUSERS_FILE in message
     assert "nor model.safetensors" in refused(weights.load, tmp_path, SHAPES)
-    (tmp_path / "pytorch_model.bin").touch()
-    message = refused(weights.load, tmp_path, SHAPES)
-    assert "only pytorch_model.bin; save it with safe_serialization=True" in message
     params = params_like(SHAPES)
     weights.save(params_like({"other": (1,)}), tmp_path, "b.safetensors")
     weights.save(params_like({"other": (1,)}), tmp_path, "a.safetensors")
     assert "a.safetensors, b.safetensors" in refused(weights.load, tmp_path, SHAPES)
     weights.save(params, tmp_path)
     assert_equal(weights.load(tmp_path, SHAPES), params)
+
+
+def test_variants(tmp_path):
+    plain, half = params_like(SHAPES), params_like(SHAPES, jnp.float16)
+    weights.save(plain, tmp_path)
+    weights.save(half, tmp_path, "diffusion_pytorch_model.fp16.safetensors")
+    assert_equal(weights.load(tmp_path, SHAPES), plain)
+    assert_equal(weights.load(tmp_path, SHAPES, variant="fp16"), half)
+    assert_equal(weights.load(tmp_path, SHAPES, variant="non_ema"), plain)  # as diffusers does
+
+
+def shards(folder, params, variant="", index=None):
+    for i, name in enumerate(params, 1):
+        file = f"model{variant}-{i:05}-of-{len(params):05}.safetensors"
+        weights.save({name: params[name]}, folder, file)
+    places = {
+        name: f"model{variant}-{i:05}-of-{len(params):05}.safetensors"
+        for i, name in enumerate(params, 1)
+    }
+    value = {"metadata": {"total_size": 1}, "weight_map": places if index is None else index}
+    weights.write_json(folder / f"model.safetensors.index{variant}.json", value)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards(tmp_path, variant):
+    params = params_like(SHAPES)
+    shards(tmp_path, params, f".{variant}" if variant else "")
+    assert_equal(weights.load(tmp_path, SHAPES, variant=variant), params)
+    next(tmp_path.glob("*-00002-of-*")).unlink()
+    assert "00002-of-00004" in refused(weights.load, tmp_path, SHAPES, variant=variant)
+
+
+@pytest.mark.parametrize("file", ["../a.safetensors", "/etc/passwd", "", "..", "x/a.bin", 7])
+def test_an_index_that_points_elsewhere(tmp_path, file):
+    weights.save(params_like({"a": (1,)}), tmp_path, "a.safetensors")
+    shards(tmp_path / "unet", {}, index={"a": file})
+    message = refused(weights.load, tmp_path / "unet", {"a": (1,)})
+    assert "points outside its folder" in message or "no weight_map" in message
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    params = params_like({"a": (1,)})
+    shards(tmp_path, params, index={"a": "one.safetensors", "b": "two.safetensors"})
+    weights.save(params, tmp_path, "one.safetensors")
+    weights.save(params, tmp_path, "two.safetensors")
+    assert "in two of its 2 files" in refused(weights.load, tmp_path, {"a": (1,)})
 
 
 # --- Aliases ---------------------------------------------------------------------------------
@@ -191,7 +234,6 @@ def test_truncated_anywhere(tmp_path):
         b"",
         b"\x80\x02}q\x00.",
         b"version https://git-lfs.github.com/spec/v1\n",
-        b"PK\3\4" + b"\0" * 99,
     ]
     + [
         bytes(np.random.default_rng(seed).integers(256, size=400, dtype=np.uint8))

@@ -20,6 +20,8 @@ class Options:
     """What to draw, one or several. A pixel model takes the names of its classes (7, seven)."""
     model: str = "digits"
     """A model that ships (digits, digits-ddpm), a diffusers folder, or a Hub id."""
+    variant: str | None = None
+    """Which files of a folder that holds several, such as fp16."""
     negative_prompt: str = ""
     """What to stay away from."""
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
@@ -66,7 +68,7 @@ def run(options: Options) -> list[Path]:
     from jaxsd.pictures import tile
 
     _check(options)
-    pipe = pipeline.load(options.model, getattr(jnp, options.dtype))
+    pipe = pipeline.load(options.model, getattr(jnp, options.dtype), options.variant)
     settings: dict[str, Any] = dict(
         steps=options.steps,
         guidance_scale=options.guidance_scale,

@@ -5,11 +5,12 @@ jaxsd.weights.save(params, "unet/")                # atomic; diffusers opens it
 """
 
 from jaxsd.weights.files import read_json, write_json
-from jaxsd.weights.tensors import DIFFUSERS_FILE, TRANSFORMERS_FILE, load, save
+from jaxsd.weights.tensors import DIFFUSERS_FILE, TRANSFORMERS_FILE, choose_files, load, save
 
 __all__ = [
     "DIFFUSERS_FILE",
     "TRANSFORMERS_FILE",
+    "choose_files",
     "load",
     "read_json",
     "save",

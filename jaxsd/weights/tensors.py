@@ -1,34 +1,38 @@
-"""Reads and writes the .safetensors file of one component (`unet/`, `vae/`, `text_encoder/`).
+"""Reads and writes the weights of one component (`unet/`, `vae/`, `text_encoder/`).
 
-The header of a file tells every name, dtype and shape, so a file is accepted or refused, with all
-that is wrong listed at once, before any tensor is read.
+The header of a file, .safetensors or PyTorch's, tells every name, dtype and shape, so a file is
+accepted or refused, with all that is wrong listed at once, before any tensor is read.
 """
 
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jaxsd.errors import JaxsdError
 from jaxsd.nn import Net, Params
-from jaxsd.weights.files import replacing
+from jaxsd.weights.entries import DTYPES, Entry, Mapped
+from jaxsd.weights.files import read_json, replacing
+from jaxsd.weights.pickles import read_pickle_header
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_FILE = "model.safetensors"
+# (stem, kind) of what diffusers and transformers have written over the years, best first.
+FILES = (
+    ("diffusion_pytorch_model", "safetensors"),
+    ("model", "safetensors"),
+    ("diffusion_pytorch_model", "bin"),
+    ("pytorch_model", "bin"),
+)
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 LISTED = 20  # names of each kind in an error
 
@@ -45,63 +49,108 @@ OLD_ATTENTION = {
 
 
 def load(
-    path: str | os.PathLike, like: Net | Mapping[str, tuple[int, ...]], dtype: Any = None
+    path: str | os.PathLike,
+    like: Net | Mapping[str, tuple[int, ...]],
+    dtype: Any = None,
+    variant: str | None = None,
 ) -> Params:
     """The weights of a component under the names, and in the shapes, that `like` asks for.
 
-    path: a component folder or a .safetensors file. like: a Net, or a dict from names to shapes.
-    dtype: float32, float16 or bfloat16; by default each array keeps the dtype of the file.
+    path: a component folder, or a .safetensors, .bin, .pt or .ckpt file. like: a Net, or a dict
+    from names to shapes. dtype: float32, float16 or bfloat16; by default each array keeps the dtype
+    of the file. variant: "fp16", say: which of a folder's files, where it has that one.
 
-    JaxsdError if the file is missing, damaged, or differs from `like`: then the message lists every
+    JaxsdError if a file is missing, damaged, or differs from `like`: then the message lists every
     missing, unexpected and misshapen name.
     """
     wanted = None if dtype is None else _dtype(dtype)
     shapes = like.shapes if isinstance(like, Net) else like
-    file = component_file(path)
-    header = read_header(file)
-    sources = match(header, shapes, file)
+    headers = {file: read_entries(file) for file in component_files(path, variant)}
+    merged = {name: entry for entries in headers.values() for name, entry in entries.items()}
+    if len(merged) < sum(map(len, headers.values())):
+        raise JaxsdError(f"{path} holds a tensor in two of its {len(headers)} files")
+    sources = match(merged, shapes, Path(path) if len(headers) > 1 else next(iter(headers)))
+    names = {source: name for name, source in sources.items()}
     params = {}
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            for name, source in sources.items():
-                array = tensors.get_tensor(source).reshape(shapes[name])
-                params[name] = jnp.asarray(array if wanted is None else array.astype(wanted))
-    except (SafetensorError, OSError) as error:
-        raise JaxsdError(f"{file} is not a valid safetensors file: {error}") from error
-    return params
+    for file, entries in headers.items():
+        tensors = Mapped(file, entries)
+        for source in entries.keys() & names.keys():
+            name = names[source]
+            # A copy: the file may be replaced or cut while the array lives.
+            params[name] = jnp.array(tensors[source].reshape(shapes[name]), dtype=wanted)
+    return {name: params[name] for name in shapes}
 
 
-def component_file(path: str | os.PathLike) -> Path:
-    """The .safetensors file that a component folder (or the path of a file) stands for."""
+def component_files(path: str | os.PathLike, variant: str | None = None) -> list[Path]:
+    """The files of weights that a component folder (or the path of a file) stands for.
+
+    A folder may hold several forms: `choose_files` says which one is taken.
+    """
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
             file = "" if path.suffix else f": no {DIFFUSERS_FILE} or {TRANSFORMERS_FILE} to read"
             raise JaxsdError(f"{path} does not exist{file}")
-        return path
-    for name in (DIFFUSERS_FILE, TRANSFORMERS_FILE):
-        if (path / name).is_file():
-            return path / name
-    names = sorted(p.name for p in path.iterdir() if p.is_file())
-    found = [n for n in names if n.endswith(".safetensors") and not n.startswith(".")]
+        return [path]
+    names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    chosen = choose_files(names, variant)
+    if chosen and chosen[0].endswith(".json"):
+        return _shards(path / chosen[0])
+    if chosen:
+        return [path / chosen[0]]
+    found = [name for name in names if name.endswith((".safetensors", ".bin"))]
     if len(found) == 1:
-        return path / found[0]
+        return [path / found[0]]
     if found:
-        raise JaxsdError(
-            f"{path} holds {', '.join(found)}: give the path of one of them, or name it "
-            f"{DIFFUSERS_FILE} (a file in several shards has to be saved as one)"
-        )
-    pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if pickles:
-        raise JaxsdError(f"{path} holds only {pickles[0]}; save it with safe_serialization=True")
+        raise JaxsdError(f"{path} holds {', '.join(found)}: name one of them, or their variant")
     raise JaxsdError(f"{path} holds neither {DIFFUSERS_FILE} nor {TRANSFORMERS_FILE}")
 
 
-class Entry(NamedTuple):
-    """What a header says about one tensor."""
+def choose_files(names: Sequence[str], variant: str | None = None) -> list[str]:
+    """The form to read, of those in a folder with these files: a file, or an index and its shards.
 
-    dtype: str  # as safetensors spells it: "F32", "BF16", "I64", ...
-    shape: tuple[int, ...]
+    diffusers' and transformers' names are looked for in this order: the variant before the plain
+    one, safetensors before PyTorch's, whole before sharded. Empty if none is there.
+    """
+    for part in (f".{variant}", "") if variant else ("",):
+        for stem, kind in FILES:
+            if (whole := f"{stem}{part}.{kind}") in names:
+                return [whole]
+            if (index := f"{stem}.{kind}.index{part}.json") in names:
+                shard = re.compile(rf"{stem}{part}-\d+-of-\d+\.{kind}")
+                return [index, *filter(shard.fullmatch, names)]
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index (name -> file) speaks of, all beside it."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise JaxsdError(f"{index} has no weight_map from names to files")
+    shards = sorted(set(places.values()))
+    if outside := [name for name in shards if name != Path(name).name or name in ("", "..")]:
+        raise JaxsdError(f"{index} points outside its folder: {_listing(outside)}")
+    if missing := [name for name in shards if not (index.parent / name).is_file()]:
+        raise JaxsdError(f"{index.parent} lacks {_listing(missing)}, which {index.name} names")
+    return [index.parent / name for name in shards]
+
+
+def read_entries(file: Path) -> dict[str, Entry]:
+    """What a file of weights holds, by its first bytes; JaxsdError if it is neither kind."""
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(16)
+    except OSError as error:
+        raise JaxsdError(f"cannot read {file}: {error.strerror or error}") from error
+    if start.startswith(b"PK"):
+        return read_pickle_header(file)
+    # The magic number in PyTorch's own format, pickled; a tar archive before that.
+    if start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P"):
+        raise JaxsdError(
+            f"{file} is in the format of PyTorch before 1.6: load it there, and save it again "
+            "with torch.save or as safetensors"
+        )
+    return read_header(file)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -115,7 +164,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             start = stream.read(9)
             # Eight bytes of length, then JSON: any other ninth byte is another kind of file.
             if len(start) < 9 or start[8:] != b"{":
-                raise JaxsdError(f"{file} is not a safetensors file ({size} bytes)")
+                raise JaxsdError(f"{file} is not a safetensors file, nor PyTorch's ({size} bytes)")
             length = struct.unpack("<Q", start[:8])[0]
             if length > MAX_HEADER:
                 raise JaxsdError(f"{file} is not a safetensors file (a header of {length} bytes)")
@@ -127,7 +176,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     except OSError as error:
         raise JaxsdError(f"cannot read {file}: {error.strerror or error}") from error
     try:
-        entries, data = _parse(json.loads(text.decode("utf-8")))
+        entries, data = _parse(json.loads(text.decode("utf-8")), 8 + length)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise JaxsdError(f"{file} has a broken safetensors header: {error}") from None
     promised = 8 + length + data
@@ -138,9 +187,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _parse(header: dict[str, Any]) -> tuple[dict[str, Entry], int]:
-    """The entries and the number of data bytes after the header; ValueError where it lies."""
-    entries, end = {}, 0
+def _parse(header: dict[str, Any], start: int) -> tuple[dict[str, Entry], int]:
+    """The entries and the number of data bytes from `start`; ValueError where the header lies."""
+    entries, spans = {}, []
     for name, value in header.items():
         if name == "__metadata__":
             continue
@@ -150,8 +199,13 @@ def _parse(header: dict[str, Any]) -> tuple[dict[str, Entry], int]:
             raise ValueError(f"{name} has shape {shape} at bytes {first} to {last}")
         if dtype in DTYPES and last - first != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ValueError(f"{name}, {dtype} {shape}, cannot take {last - first} bytes")
-        entries[name] = Entry(str(dtype), tuple(shape))
-        end = max(end, last)
+        entries[name] = Entry(str(dtype), tuple(shape), start + first)
+        spans.append((first, last, name))
+    end = 0
+    for first, last, name in sorted(spans):  # the format allows neither gaps nor overlaps
+        if first != end or last < first:
+            raise ValueError(f"{name} is at bytes {first} to {last}, not from {end}")
+        end = last
     return entries, end
 
 
@@ -168,7 +222,7 @@ def match(
             unexpected.append(source)
             continue
         sources[name] = source
-        dtype, shape = header[source]
+        dtype, shape = header[source][:2]
         if not same_shape(name, shape, shapes[name]):
             misshapen.append(f"{name} {list(shape)} instead of {list(shapes[name])}")
         if dtype not in DTYPES:

@@ -18,20 +18,46 @@ class Family:
     image_encoder: CLIPVisionConfig | None = None  # trains the text tower; sampling needs it not
 
 
+SD1_SCHEDULE = Schedule(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+SD2_UNET = UNetConfig(
+    sample_size=64,
+    attention_head_dim=(5, 10, 20, 20),  # heads
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+)
+# OpenCLIP's ViT-H without its last layer, whose output Stable Diffusion 2 does not read
+SD2_TEXT = CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+    projection_dim=512,
+)
+
 FAMILIES = {
     # Stable Diffusion 1.1 to 1.5, as in the models' config files
     "sd1": Family(
         UNetConfig(sample_size=64, cross_attention_dim=768),
-        Schedule(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        SD1_SCHEDULE,
         VAEConfig(),
         CLIPTextConfig(),
+    ),
+    # Stable Diffusion 2.0-base and 2.1-base: 512 px
+    "sd2": Family(SD2_UNET, SD1_SCHEDULE, VAEConfig(), SD2_TEXT),
+    # Stable Diffusion 2.0 and 2.1: 768 px
+    "sd2-v": Family(
+        dataclasses.replace(SD2_UNET, sample_size=96),
+        dataclasses.replace(SD1_SCHEDULE, prediction_type="v_prediction"),
+        VAEConfig(sample_size=768),
+        SD2_TEXT,
     ),
     # Stable Diffusion at a thousandth of the size: 32 px pictures of handwritten digits
     "digits": Family(
@@ -45,15 +71,7 @@ FAMILIES = {
             cross_attention_dim=64,
             norm_num_groups=16,
         ),
-        Schedule(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        dataclasses.replace(SD1_SCHEDULE, prediction_type="v_prediction"),
         VAEConfig(
             sample_size=32,
             down_block_types=("DownEncoderBlock2D",) * 3,

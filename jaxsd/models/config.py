@@ -28,7 +28,8 @@ class Config:
             value = tuple(value) if isinstance(value, list) else value
             if name in fields:
                 # A list where one number is known: heads or layers that differ from block to block.
-                if isinstance(value, tuple) != str(fields[name].type).startswith("tuple"):
+                kinds = [kind.startswith("tuple") for kind in str(fields[name].type).split(" | ")]
+                if isinstance(value, tuple) not in kinds:
                     unsupported.append(f"{name}={values[name]!r}")
                 known[name] = value
             elif name in cls.NEUTRAL:

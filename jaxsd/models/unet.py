@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1.x: diffusers' `UNet2DConditionModel`, name for name.
+"""The denoising UNet of Stable Diffusion 1 and 2: diffusers' `UNet2DConditionModel`, name for name.
 
 Ronneberger et al. 2015 (U-Net), Ho et al. 2020 (with time), Rombach et al. 2022 (cross-attention
 to text). A picture goes down through blocks that halve it, through the middle, and up again; every
@@ -28,8 +28,10 @@ PLAIN = ("DownBlock2D", "UpBlock2D")
 class UNetConfig(Config):
     """The fields of diffusers' `unet/config.json` that decide the architecture.
 
-    `attention_head_dim` is the *number of heads* in cross-attention blocks (diffusers' legacy
-    misnomer) and the size of a head in self-attention (`Attn*Block2D`) blocks. With
+    `attention_head_dim`, one for all blocks or one for each on the way down, is the *number of
+    heads* in cross-attention blocks (diffusers' legacy misnomer) and the size of a head in
+    self-attention (`Attn*Block2D`) blocks. `upcast_attention` is for PyTorch in half precision:
+    scores and softmax are in float32 here always. With
     `class_embed_type="simple_projection"` a class vector of `projection_class_embeddings_input_dim`
     numbers (a one-hot label) passes through a linear layer into the time embedding.
     """
@@ -42,11 +44,13 @@ class UNetConfig(Config):
     up_block_types: tuple[str, ...] = (PLAIN[1],) + (CROSS[1],) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    attention_head_dim: int = 8
+    attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 1280
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     dropout: float = 0.0
+    use_linear_projection: bool = False
+    upcast_attention: bool | None = False
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     class_embed_type: str | None = None
@@ -81,8 +85,6 @@ class UNetConfig(Config):
         "time_embedding_type": ("positional",),
         "timestep_post_act": (None,),
         "transformer_layers_per_block": (1,),
-        "upcast_attention": (False, None),
-        "use_linear_projection": (False,),
     }
     IGNORED = ("addition_embed_type_num_heads",)  # read only when addition_embed_type is set
 
@@ -92,6 +94,8 @@ class UNetConfig(Config):
             raise ValueError(
                 "down_block_types, up_block_types and block_out_channels differ in length"
             )
+        if isinstance(self.attention_head_dim, tuple) and len(self.attention_head_dim) != blocks:
+            raise ValueError("attention_head_dim and block_out_channels differ in length")
         kinds = {*self.down_block_types, *self.up_block_types} - {*CROSS, *SELF, *PLAIN}
         if self.mid_block_type not in (None, "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"):
             kinds.add(self.mid_block_type)
@@ -101,6 +105,11 @@ class UNetConfig(Config):
             raise ValueError(f"unsupported class_embed_type={self.class_embed_type!r}")
         if self.class_embed_type and not self.projection_class_embeddings_input_dim:
             raise ValueError("class_embed_type needs projection_class_embeddings_input_dim")
+
+    def head_dim(self, block: int) -> int:
+        """`attention_head_dim` of a block, counted on the way down; the middle has the last."""
+        both = self.attention_head_dim
+        return both if isinstance(both, int) else both[block]
 
     @property
     def text_conditional(self) -> bool:
@@ -204,17 +213,25 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer2D(nnx.Module):
-    """A transformer over the positions of a feature map, between two 1x1 convolutions."""
+    """A transformer over the positions of a feature map, between two projections of the channels.
 
-    def __init__(self, channels: int, config: UNetConfig):
+    1x1 convolutions or, in Stable Diffusion 2, linear layers: the same but for the weight's shape.
+    """
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig):
         # 1e-6 whatever norm_eps says: diffusers fixes it here
         self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6)
-        self.proj_in = Conv2d(channels, channels, 1)
-        heads = config.attention_head_dim
+        self.proj_in = self._projection(channels, config)
         self.transformer_blocks = nnx.List(
             [TransformerBlock(channels, config.cross_attention_dim, heads, config.dropout)]
         )
-        self.proj_out = Conv2d(channels, channels, 1)
+        self.proj_out = self._projection(channels, config)
+
+    @staticmethod
+    def _projection(channels: int, config: UNetConfig) -> Linear | Conv2d:
+        if config.use_linear_projection:
+            return Linear(channels, channels)
+        return Conv2d(channels, channels, 1)
 
     def __call__(
         self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]
@@ -229,7 +246,9 @@ class Transformer2D(nnx.Module):
 class Stage(nnx.Module):
     """What down, middle and up blocks have in common: ResNet blocks, each with its attention."""
 
-    def __init__(self, resnets: list[tuple[int, int]], kind: str, config: UNetConfig):
+    def __init__(
+        self, resnets: list[tuple[int, int]], kind: str, head_dim: int, config: UNetConfig
+    ):
         groups, eps, time_channels = (
             config.norm_num_groups,
             config.norm_eps,
@@ -242,9 +261,11 @@ class Stage(nnx.Module):
         self.cross = "CrossAttn" in kind
         attentions = len(resnets) - 1 if kind.startswith("UNetMid") else len(resnets)
         if self.cross:
-            self.attentions = nnx.List([Transformer2D(channels, config) for _ in range(attentions)])
+            self.attentions = nnx.List(
+                [Transformer2D(channels, head_dim, config) for _ in range(attentions)]
+            )
         elif kind in SELF:
-            heads = max(channels // config.attention_head_dim, 1)
+            heads = max(channels // head_dim, 1)
             self.attentions = nnx.List(
                 [AttentionBlock(channels, heads, groups, eps) for _ in range(attentions)]
             )
@@ -259,9 +280,11 @@ class Stage(nnx.Module):
 class DownBlock(Stage):
     """ResNet blocks (each with attention), then halving; returns every output as a skip."""
 
-    def __init__(self, inputs: int, outputs: int, last: bool, kind: str, config: UNetConfig):
+    def __init__(
+        self, inputs: int, outputs: int, last: bool, kind: str, head_dim: int, config: UNetConfig
+    ):
         pairs = [(inputs if i == 0 else outputs, outputs) for i in range(config.layers_per_block)]
-        super().__init__(pairs, kind, config)
+        super().__init__(pairs, kind, head_dim, config)
         self.downsamplers = None if last else nnx.List([Downsample(outputs)])
 
     def __call__(
@@ -280,8 +303,9 @@ class DownBlock(Stage):
 class MidBlock(Stage):
     """ResNet block, then (attention, ResNet block) if the kind has attention."""
 
-    def __init__(self, channels: int, kind: str, config: UNetConfig):
-        super().__init__([(channels, channels)] * (2 if "CrossAttn" in kind else 1), kind, config)
+    def __init__(self, channels: int, kind: str, head_dim: int, config: UNetConfig):
+        count = 2 if "CrossAttn" in kind else 1
+        super().__init__([(channels, channels)] * count, kind, head_dim, config)
 
     def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array | None) -> jax.Array:
         x = self.resnets[0](x, time)
@@ -294,10 +318,17 @@ class UpBlock(Stage):
     """Takes one skip more than the down block has layers; then doubles to the next skip's size."""
 
     def __init__(
-        self, inputs: int, skips: list[int], outputs: int, last: bool, kind: str, config: UNetConfig
+        self,
+        inputs: int,
+        skips: list[int],
+        outputs: int,
+        last: bool,
+        kind: str,
+        head_dim: int,
+        config: UNetConfig,
     ):
         pairs = [((inputs if i == 0 else outputs) + skip, outputs) for i, skip in enumerate(skips)]
-        super().__init__(pairs, kind, config)
+        super().__init__(pairs, kind, head_dim, config)
         self.upsamplers = None if last else nnx.List([Upsample(outputs)])
 
     def __call__(
@@ -329,20 +360,22 @@ class UNet(nnx.Module):
         last = len(channels) - 1
         skips, inputs, down = [channels[0]], channels[0], []
         for i, (outputs, kind) in enumerate(zip(channels, config.down_block_types, strict=True)):
-            down.append(DownBlock(inputs, outputs, i == last, kind, config))
+            down.append(DownBlock(inputs, outputs, i == last, kind, config.head_dim(i), config))
             skips += [outputs] * (config.layers_per_block + (i != last))
             inputs = outputs
         self.down_blocks = nnx.List(down)
 
         kind = config.mid_block_type
-        self.mid_block = None if kind is None else MidBlock(inputs, kind, config)
+        head_dim = config.head_dim(last)
+        self.mid_block = None if kind is None else MidBlock(inputs, kind, head_dim, config)
 
         up = []
         for i, (outputs, kind) in enumerate(
             zip(channels[::-1], config.up_block_types, strict=True)
         ):
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            up.append(UpBlock(inputs, taken, outputs, i == last, kind, config))
+            head_dim = config.head_dim(last - i)
+            up.append(UpBlock(inputs, taken, outputs, i == last, kind, head_dim, config))
             inputs = outputs
         self.up_blocks = nnx.List(up)
 

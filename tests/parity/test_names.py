@@ -1,5 +1,6 @@
 """Names, shapes and counts of the published configurations equal torch's (no weights made)."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from torch_reference import names_and_shapes
 
 from jaxsd.errors import JaxsdError
+from jaxsd.families import get_family
 from jaxsd.models import (
     AutoencoderKL,
     CLIPModel,
@@ -43,6 +45,18 @@ UNET = {
     "out_channels": 4,
     "sample_size": 64,
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+# Stable Diffusion 2.1
+UNET2 = {
+    **UNET,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
 }
 VAE = {
     "_class_name": "AutoencoderKL",
@@ -81,6 +95,15 @@ TEXT = {
     "transformers_version": "4.22.0.dev0",
     "vocab_size": 49408,
 }
+TEXT2 = {
+    **TEXT,
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
 # A class-conditional network over pixels, in plain and self-attention blocks.
 PIXELS = {
     "sample_size": 32,
@@ -111,10 +134,11 @@ def torch_text(config):
     "ours, config_class, theirs, config, size",
     [
         (UNet, UNetConfig, TorchUNet, UNET, 859_520_964),
+        (UNet, UNetConfig, TorchUNet, UNET2, 865_910_724),
         (UNet, UNetConfig, TorchUNet, PIXELS, None),
         (AutoencoderKL, VAEConfig, TorchVAE, VAE, 83_653_863),
     ],
-    ids=["unet", "class-conditional unet", "vae"],
+    ids=["unet", "unet of 2.1", "class-conditional unet", "vae"],
 )
 def test_diffusers_models(ours, config_class, theirs, config, size):
     expected = torch_model(theirs, config)
@@ -131,20 +155,33 @@ def test_diffusers_models(ours, config_class, theirs, config, size):
     assert config_class.from_json(in_full) == ours_config
 
 
+def test_bundled_families():
+    """The configs that come with the package are those of the files."""
+    assert get_family("sd1").unet == UNetConfig.from_json(UNET)
+    published = UNetConfig.from_json({**UNET2, "upcast_attention": False})
+    assert get_family("sd2-v").unet == published
+    assert get_family("sd2").unet == dataclasses.replace(published, sample_size=64)
+    legacy = {"eos_token_id": 49407}  # the files say 2, which means the highest id
+    assert get_family("sd2").text_encoder == CLIPTextConfig.from_json(TEXT2 | legacy)
+    assert get_family("sd1").text_encoder == CLIPTextConfig.from_json(TEXT | legacy)
+    assert get_family("sd1").vae == VAEConfig.from_json(VAE)
+
+
 def test_inpainting_unet_size():
     config = UNetConfig.from_json({**UNET, "in_channels": 9})
     assert Net(UNet(config)).size == 859_535_364
 
 
-def test_text_tower():
-    config = CLIPTextConfig.from_json(TEXT)
+@pytest.mark.parametrize("text, size", [(TEXT, 123_060_480), (TEXT2, 340_387_840)])
+def test_text_tower(text, size):
+    config = CLIPTextConfig.from_json(text)
     net = Net(CLIPTextModel(config))
-    assert net.size == 123_060_480
-    for values in (TEXT, config.to_json()):
+    assert net.size == size
+    for values in (text, config.to_json()):
         # transformers leaves out this prefix since 5.6; files from before, and ours, have it.
         assert names_and_shapes(torch_text(values), "text_model.") == net.shapes
     assert CLIPTextConfig.from_json(config.to_json()) == config
-    assert CLIPTextConfig.from_json(torch_text(TEXT).config.to_dict()) == config
+    assert CLIPTextConfig.from_json(torch_text(text).config.to_dict()) == config
 
 
 @pytest.mark.parametrize("name, size", [("B/32", 151_277_313), ("L/14", 427_616_513)])
@@ -178,9 +215,9 @@ def test_both_towers(name, size):
 @pytest.mark.parametrize(
     "config_class, config, change",
     [
-        (UNetConfig, UNET, {"use_linear_projection": True}),
         (UNetConfig, UNET, {"time_cond_proj_dim": 256}),
-        (UNetConfig, UNET, {"attention_head_dim": [5, 10, 20, 20]}),
+        (UNetConfig, UNET, {"attention_head_dim": [5, 10]}),
+        (UNetConfig, UNET, {"layers_per_block": [1, 2, 2, 2]}),
         (UNetConfig, UNET, {"option_of_tomorrow": 3}),
         (UNetConfig, UNET, {"class_embed_type": "timestep"}),
         (VAEConfig, VAE, {"use_quant_conv": False}),
@@ -195,8 +232,8 @@ def test_an_unsupported_option_is_refused(config_class, config, change):
 
 
 def test_all_unsupported_options_are_listed_at_once():
-    with pytest.raises(JaxsdError, match="use_linear_projection.*num_class_embeds"):
-        UNetConfig.from_json({**UNET, "use_linear_projection": True, "num_class_embeds": 7})
+    with pytest.raises(JaxsdError, match="time_cond_proj_dim.*num_class_embeds"):
+        UNetConfig.from_json({**UNET, "time_cond_proj_dim": 256, "num_class_embeds": 7})
     with pytest.raises(JaxsdError, match="sample_size"):
         UNetConfig.from_json({k: v for k, v in UNET.items() if k != "sample_size"})
     with pytest.raises(JaxsdError, match="ResnetDownsampleBlock2D"):

@@ -43,9 +43,10 @@ def one_thread():
     diffusers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory) -> diffusers.StableDiffusionPipeline:
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def theirs(tmp_path_factory, request) -> diffusers.StableDiffusionPipeline:
     """A Stable Diffusion of a few thousand random weights."""
+    second = request.param == "sd2"
     words = tmp_path_factory.mktemp("words") / "tokenizer"
     size = len(train_tokenizer([*PROMPTS, *NEGATIVES], words, 540))
     torch.manual_seed(0)
@@ -56,7 +57,9 @@ def theirs(tmp_path_factory) -> diffusers.StableDiffusionPipeline:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=8,
-        attention_head_dim=2,
+        attention_head_dim=(1, 2) if second else 2,
+        use_linear_projection=second,
+        upcast_attention=second,
         norm_num_groups=2,
     )
     vae = diffusers.AutoencoderKL(
@@ -73,6 +76,7 @@ def theirs(tmp_path_factory) -> diffusers.StableDiffusionPipeline:
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
+        hidden_act="gelu" if second else "quick_gelu",
         bos_token_id=size - 2,
         eos_token_id=size - 1,
     )

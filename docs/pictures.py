@@ -33,7 +33,7 @@ def main() -> None:
         f"a {colours[i % 8]} {words[i % 10]} on a {colours[(i + 3 + i // 8) % 8]} background"
         for i in range(40)
     ]
-    images = pipe(prompts, range(40), steps=50, guidance_scale=4)
+    images = pipe(prompts, range(40), steps=50, guidance_scale=3)
     enlarge(tile([np.asarray(image) for image in images], 10), 2).save(IMAGES / "digits.png")
 
     pipe = jaxsd.load("digits-ddpm")

@@ -21,7 +21,7 @@ class Options:
     steps: int = 50
     sampler: str = "ddim"
     guidance_scale: tuple[float, ...] | None = None
-    """One or several; by default 1 for scans and 4 for coloured pictures."""
+    """One or several; by default 1 for scans and 3 for coloured pictures."""
     controls: bool = True
     """Also the real scans, per-class Gaussian, class means, ... measured by the same code."""
     negative_prompts: int = 0
@@ -44,7 +44,7 @@ def run(options: Options) -> dict[str, Any]:
         sampling_seeds=tuple(range(options.sampling_seeds)),
     )
     rows: dict[str, Any] = {}
-    for scale in options.guidance_scale or ((1.0,) if pixel else (4.0,)):
+    for scale in options.guidance_scale or ((1.0,) if pixel else (3.0,)):
         how = dataclasses.replace(how, guidance_scale=scale)
         rows[f"{options.model}, guidance {scale:g}"] = models.evaluate_model(pipe, how)
     if options.controls:

@@ -24,10 +24,21 @@ def test_stable_diffusions_noise_levels():
     np.testing.assert_allclose(sigma, [0.0291672, 14.61464], rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "cosine"])
+@pytest.mark.parametrize(
+    "name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "cosine"]
+)
 def test_noise_grows_with_time(name):
     bar = Schedule(beta_schedule=name).alphas_cumprod
     assert np.all(np.diff(bar) < 0) and np.all((bar > 0) & (bar <= 1))
+
+
+def test_zero_terminal_snr():
+    """2305.08891: the published alpha^2 in the middle, and no signal at the end."""
+    zero = dataclasses.replace(SD, rescale_betas_zero_snr=True)
+    assert abs(zero.alphas_cumprod[500] - 0.2410188) < 1e-6 and zero.alphas_cumprod[-1] == 0
+    alpha, sigma = zero.alpha_sigma(jnp.asarray([0.0, 998.5, 999.0]))
+    np.testing.assert_allclose(alpha[0], SD.alphas_cumprod[0] ** 0.5, rtol=1e-6)
+    assert 0 < alpha[1] < 1e-3 and (alpha[2], sigma[2]) == (0, 1)
 
 
 # --- Prediction types ------------------------------------------------------------------------
@@ -183,17 +194,22 @@ def test_each_class_has_defaults_of_its_own():
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ({"beta_schedule": "sigmoid"}, "beta_schedule"),
+        ({"beta_schedule": "laplace"}, "beta_schedule='laplace'"),
         ({"prediction_type": "flow"}, "prediction_type"),
         ({"timestep_spacing": "karras"}, "timestep_spacing"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
-        ({"thresholding": True}, "thresholding=True"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
-        ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"trained_betas": [0.1]}, "trained_betas has 1 values"),
+        ({"trained_betas": [0.1, 1.5], "num_train_timesteps": 2}, "between 0 and 1"),
         ({"variance_type": "learned"}, "variance_type='learned'"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver++'"),
-        ({"solver_order": 3}, "solver_order=3"),
+        ({"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'"),
+        ({"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
+        ({"solver_order": 4}, "solver_order=4"),
+        ({"solver_type": "logrho"}, "solver_type='logrho'"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ({"predict_x0": False}, "predict_x0=False"),
+        ({"disable_corrector": [1]}, "disable_corrector"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta"),
+        ({"_class_name": "EDMEulerScheduler"}, "class_name='EDMEulerScheduler'"),
         ({"an_option_of_tomorrow": 1}, "an_option_of_tomorrow=1"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Classifier-free guidance: two predictions of one doubled batch become one."""
+"""Classifier-free guidance: several predictions of one larger batch become one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,29 +15,34 @@ Conditioning = dict[str, Any]  # keyword arguments of the network, each [b, ...]
 
 def guided(
     network: Network,
-    cond: Conditioning,
-    uncond: Conditioning | None,
-    guidance_scale: Float[Array, ""] | Float[Array, " b"],
+    conditions: Sequence[Conditioning],
+    scales: Float[Array, "k b"],
     guidance_rescale: Float[Array, ""],
 ) -> Denoise:
-    """The function (x, t) -> prediction with the condition and the guidance inside.
+    """The function (x, t) -> prediction with the conditions and the guidance inside.
 
-    u + s (c - u) (Ho & Salimans 2022, with s = 1 + w); it is the same rule for eps, x and v, all
-    linear in one another. Without `uncond` the condition alone is used, at half the work.
-    `guidance_rescale` (2305.08891, eq. 15-16) pulls the result's standard deviation to c's.
+    conditions: k + 1, each telling the network more than the one before; scales: how far to go on
+    in the direction of each further one, for each image. With predictions p_0 ... p_k the result is
+    p_0 + sum_i s_i (p_i - p_{i-1}): for (nothing, prompt) it is u + s (c - u) (Ho & Salimans 2022,
+    with s = 1 + w), for (nothing, picture, picture and prompt) InstructPix2Pix (2211.09800, eq. 3).
+    It is the same rule for eps, x and v, all linear in one another. One condition is used alone.
+    `guidance_rescale` (2305.08891, eq. 15-16) pulls the result's standard deviation to p_k's.
     """
-    if uncond is None:
-        return lambda x, t: network(x, jnp.broadcast_to(t, x.shape[:1]), **cond)
+    if len(conditions) == 1:
+        return lambda x, t: network(x, jnp.broadcast_to(t, x.shape[:1]), **conditions[0])
 
-    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+    count = len(conditions)
+    stacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *conditions)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        t = jnp.broadcast_to(t, (2 * x.shape[0],))
-        u, c = jnp.split(network(jnp.concatenate([x, x]), t, **both), 2)
-        scale = jnp.broadcast_to(guidance_scale, x.shape[:1])[:, None, None, None]
-        prediction = u + scale * (c - u)
+        t = jnp.broadcast_to(t, (count * x.shape[0],))
+        said = jnp.split(network(jnp.concatenate([x] * count), t, **stacked), count)
+        prediction = said[0]
+        for scale, less, more in zip(scales, said, said[1:], strict=False):
+            prediction = prediction + scale[:, None, None, None] * (more - less)
         axes = (1, 2, 3)
-        ratio = c.std(axes, ddof=1, keepdims=True) / prediction.std(axes, ddof=1, keepdims=True)
+        spread = said[-1].std(axes, ddof=1, keepdims=True)
+        ratio = spread / prediction.std(axes, ddof=1, keepdims=True)
         return prediction * (1 + guidance_rescale * (ratio - 1))
 
     return denoise

@@ -6,186 +6,143 @@ A sampler is `step(predict, x, history, steps, i, noise, eta) -> (x, history)`:
     steps, i: the grid and the (traced) index of this step; noise(k): the k-th fresh N(0, 1) of this
     step, from each image's own key; eta: how much of the noise to renew, where that is free.
 
-To add one: write the function, and a row in SAMPLERS.
+To add one: write the function (`onestep.py`, `multistep.py`), and a row in SAMPLERS.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsd.diffusion import grids, multistep, onestep
 from jaxsd.diffusion.denoise import Denoise
-from jaxsd.diffusion.schedule import MAX_STEPS, Schedule, Step, Steps, x0_and_eps
+from jaxsd.diffusion.grids import Ask, Grid
+from jaxsd.diffusion.schedule import MAX_STEPS, Schedule
+from jaxsd.diffusion.schedulers import SCHEDULER_CLASSES
+from jaxsd.diffusion.steps import History, Predict, Steps, padded
 from jaxsd.errors import JaxsdError
-
-Predict = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-Noise = Callable[[int], jax.Array]
-History = tuple[jax.Array, ...]
-
-
-# --- Grids: (schedule, count) -> t, (alpha, sigma) before and after each step, initial scale ---
-
-
-def _bar_pair(bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.sqrt(bar), np.sqrt(1 - bar)
-
-
-def ddim_grid(schedule: Schedule, count: int) -> Steps:
-    """Whole timesteps; each step goes T // count back, and the last to alpha_0 or to 1.
-
-    That a step's end is counted off (and not the next timestep) is diffusers' rule.
-    """
-    bar = schedule.alphas_cumprod.astype(np.float64)
-    t = schedule.timesteps(count).astype(int)
-    previous = t - schedule.num_train_timesteps // count
-    last = 1.0 if schedule.set_alpha_to_one else bar[0]
-    ahead = np.where(previous >= 0, bar[np.maximum(previous, 0)], last)
-    return _steps(t, _bar_pair(bar[t]), _bar_pair(ahead))
-
-
-def ddpm_grid(schedule: Schedule, count: int) -> Steps:
-    """Whole timesteps; each step ends where the next begins, the last at the clean picture."""
-    bar = schedule.alphas_cumprod.astype(np.float64)
-    bar = np.append(bar[schedule.timesteps(count).astype(int)], 1.0)
-    return _steps(schedule.timesteps(count), _bar_pair(bar[:-1]), _bar_pair(bar[1:]))
-
-
-def sigma_grid(schedule: Schedule, count: int) -> Steps:
-    """Timesteps that may be fractional, sigma / alpha interpolated there, the last step to 0.
-
-    The first latents have the standard deviation sigma_max (in z / alpha), not that of the noised
-    data, unless the spacing is "leading": k-diffusion's convention, kept by diffusers.
-    """
-    leading = schedule.timestep_spacing == "leading"
-    return _to_clean(schedule, schedule.timesteps(count, rounded=False), scaled=not leading)
-
-
-def dpm_grid(schedule: Schedule, count: int) -> Steps:
-    """Whole timesteps, one more than asked for and the cleanest dropped; the last step to 0."""
-    t = schedule.timesteps(count)
-    most = min(schedule.num_train_timesteps, MAX_STEPS)
-    if schedule.timestep_spacing == "trailing" or count == most:  # which leaves nothing to drop
-        return _to_clean(schedule, t, scaled=False)
-    return _to_clean(schedule, schedule.timesteps(count + 1)[:-1], scaled=False)
-
-
-def _to_clean(schedule: Schedule, t: np.ndarray, scaled: bool) -> Steps:
-    bar = schedule.alphas_cumprod.astype(np.float64)
-    ratio = np.append(np.interp(t, np.arange(len(bar)), np.sqrt((1 - bar) / bar)), 0)
-    alpha = 1 / np.sqrt(1 + ratio * ratio)
-    sigma = ratio * alpha
-    scale = sigma[0] if scaled else 1.0
-    return _steps(t, (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:]), scale)
-
-
-def continuous_grid(schedule: Schedule, count: int) -> Steps:
-    """Equal steps from t = T to 0, on a schedule defined everywhere, for every sampler."""
-    n = schedule.num_train_timesteps
-    if not 1 <= count <= MAX_STEPS:
-        raise JaxsdError(f"steps must be from 1 to {MAX_STEPS}, not {count}")
-    angles = np.linspace(1, 0, count + 1) * np.pi / 2
-    alphas, sigmas = np.cos(angles), np.sin(angles)
-    return _steps(
-        angles[:-1] * (2 / np.pi) * n, (alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:])
-    )
-
-
-def _steps(t, now, ahead, init_scale: float = 1.0) -> Steps:
-    rows = [
-        np.pad(np.asarray(row, np.float32), (0, MAX_STEPS - len(t))) for row in (t, *now, *ahead)
-    ]
-    return Steps(*rows, np.int32(len(t)), np.float32(init_scale))  # pyright: ignore
-
-
-# --- Samplers --------------------------------------------------------------------------------
-
-
-def _gained(s: Step) -> jax.Array:
-    """beta = 1 - (alpha / alpha')^2, the variance that the noise gains from the step's end to t.
-
-    As a product of differences, of whichever of alpha and sigma is small: in float32 the plain form
-    loses four digits near the picture.
-    """
-    by_sigma = (s.sigma - s.next_sigma) * (s.sigma + s.next_sigma)
-    by_alpha = (s.next_alpha - s.alpha) * (s.next_alpha + s.alpha)
-    gained = jnp.where(s.sigma < s.alpha, by_sigma, by_alpha) / jnp.square(s.next_alpha)
-    return jnp.maximum(gained, 0.0)
-
-
-def ddim(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
-    """DDIM (Song et al. 2020), eq. 12; eta = 0 is deterministic, eta = 1 renews as DDPM does."""
-    s = steps.at(i)
-    x0, eps = predict(x, s.t, s.alpha, s.sigma)
-    renewed = eta * s.next_sigma / s.sigma * jnp.sqrt(_gained(s))
-    kept = jnp.sqrt(jnp.maximum(jnp.square(s.next_sigma) - jnp.square(renewed), 0.0))
-    return s.next_alpha * x0 + kept * eps + renewed * noise(0), history
-
-
-def ddpm(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
-    """Ancestral sampling (Ho et al. 2020), eq. 7: the posterior q(z_s | z_t, x0), "fixed small"."""
-    s = steps.at(i)
-    x0, _ = predict(x, s.t, s.alpha, s.sigma)
-    ratio = s.alpha / s.next_alpha
-    beta = _gained(s)
-    mean = (s.next_alpha * beta * x0 + ratio * jnp.square(s.next_sigma) * x) / jnp.square(s.sigma)
-    return mean + jnp.sqrt(beta) * s.next_sigma / s.sigma * noise(0), history
-
-
-def euler(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
-    """Euler's method for dy/dr = (y - x0) / r, y = z / alpha, r = sigma / alpha.
-
-    Karras et al. 2022 (2206.00364), section 2, without churn. y' = y + (r' - r) (y - x0) / r is
-    here written in z. In exact arithmetic it is DDIM with eta = 0; the grid sets the two apart.
-    """
-    s = steps.at(i)
-    x0, _ = predict(x, s.t, s.alpha, s.sigma)
-    shrink = s.next_sigma / s.sigma  # (r' alpha') / (r alpha), finite where alpha = 0
-    return s.next_alpha * x0 + shrink * (x - s.alpha * x0), history
-
-
-def dpmpp_2m(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order from the previous prediction.
-
-    The first step, and a last one that ends at sigma = 0, are of first order.
-    """
-    s, before = steps.at(i), steps.at(jnp.maximum(i - 1, 0))
-    x0, _ = predict(x, s.t, s.alpha, s.sigma)
-
-    def half_log_snr(alpha, sigma):
-        return jnp.log(jnp.maximum(alpha, 1e-20) / jnp.maximum(sigma, 1e-20))
-
-    h = half_log_snr(s.next_alpha, s.next_sigma) - half_log_snr(s.alpha, s.sigma)
-    h_before = half_log_snr(s.alpha, s.sigma) - half_log_snr(before.alpha, before.sigma)
-    first_order = (i == 0) | (s.next_sigma == 0) | (before.alpha < 1e-6)
-    weight = jnp.where(first_order, 0.0, h / (2 * jnp.where(first_order, 1.0, h_before)))
-    d = x0 + weight * (x0 - history[0])
-    return s.next_sigma / s.sigma * x + s.next_alpha * -jnp.expm1(-h) * d, (x0,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A row of SAMPLERS: the step, its grid on discrete schedules, how many arrays it remembers."""
+    """A row of SAMPLERS: the step, its grid on discrete schedules, how many arrays it remembers.
+
+    scheduler: the class of diffusers that it follows. continuous: its grid on schedules without
+    timesteps. second: finds the grid's mid_*. orders(schedule, count): the highest order of each
+    step. uses_eta: whether `eta` says something to it. custom: what can be given instead of a
+    number of steps.
+    """
 
     step: Callable
-    grid: Callable[[Schedule, int], Steps]
+    scheduler: str
+    grid: Grid
+    continuous: Grid = grids.continuous_grid
+    second: Callable[[Schedule, Steps], Steps] | None = None
+    orders: Callable[[Schedule, int], np.ndarray] | None = None
     remembers: int = 0
     uses_eta: bool = False
+    custom: tuple[str, ...] = ()
+
+
+def _multistep(step: Callable, order: int) -> Sampler:
+    return Sampler(
+        step,
+        "DPMSolverMultistepScheduler",
+        grids.dpm_grid,
+        orders=functools.partial(grids.multistep_orders, order=order),
+        remembers=order - 1,
+        custom=("timesteps",),
+    )
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(ddim, ddim_grid, uses_eta=True),
-    "ddpm": Sampler(ddpm, ddpm_grid),
-    "euler": Sampler(euler, sigma_grid),
-    "dpmpp_2m": Sampler(dpmpp_2m, dpm_grid, remembers=1),
+    "ddim": Sampler(onestep.ddim, "DDIMScheduler", grids.ddim_grid, uses_eta=True),
+    "ddpm": Sampler(onestep.ddpm, "DDPMScheduler", grids.ddpm_grid, custom=("timesteps",)),
+    "euler": Sampler(
+        onestep.euler,
+        "EulerDiscreteScheduler",
+        grids.sigma_grid,
+        custom=("timesteps", "sigmas"),
+    ),
+    "dpmpp_2m": _multistep(multistep.dpmpp, 2),
+    "dpmpp_3m": _multistep(multistep.dpmpp, 3),
+    "dpmpp_2m_sde": _multistep(multistep.dpmpp_sde, 2),
+    "dpmpp_3m_sde": _multistep(multistep.dpmpp_sde, 3),
+    "dpmpp_singlestep": Sampler(
+        multistep.dpmpp_singlestep,
+        "DPMSolverSinglestepScheduler",
+        grids.singlestep_grid,
+        orders=grids.singlestep_orders,
+        remembers=3,
+        custom=("timesteps",),
+    ),
+    "unipc": Sampler(
+        multistep.unipc,
+        "UniPCMultistepScheduler",
+        grids.unipc_grid,
+        orders=grids.unipc_orders,
+        remembers=4,
+    ),
+    "euler_ancestral": Sampler(
+        onestep.euler_ancestral, "EulerAncestralDiscreteScheduler", grids.sigma_grid
+    ),
+    "heun": Sampler(
+        onestep.heun,
+        "HeunDiscreteScheduler",
+        grids.sigma_grid,
+        second=grids.end_as_middle,
+        custom=("timesteps",),
+    ),
+    "dpm2": Sampler(
+        onestep.dpm2,
+        "KDPM2DiscreteScheduler",
+        grids.rounded_sigma_grid,
+        second=grids.geometric_middle,
+    ),
+    "dpm2_ancestral": Sampler(
+        onestep.dpm2_ancestral,
+        "KDPM2AncestralDiscreteScheduler",
+        grids.rounded_sigma_grid,
+        second=grids.ancestral_middle,
+    ),
+    "lms": Sampler(multistep.lms, "LMSDiscreteScheduler", grids.sigma_grid, remembers=3),
+    "pndm": Sampler(multistep.pndm, "PNDMScheduler", grids.pndm_grid, grids.pndm_grid, remembers=5),
+    "lcm": Sampler(
+        onestep.lcm, "LCMScheduler", grids.lcm_grid, grids.lcm_grid, custom=("timesteps",)
+    ),
+    "tcd": Sampler(
+        onestep.tcd,
+        "TCDScheduler",
+        grids.tcd_grid,
+        grids.tcd_grid,
+        uses_eta=True,
+        custom=("timesteps",),
+    ),
 }
 # The sampler that continues in the spirit of the scheduler class a folder names.
-DEFAULT_SAMPLER = {
-    "DDPMScheduler": "ddpm",
-    "EulerDiscreteScheduler": "euler",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
+DEFAULT_SAMPLER = {name: known.sampler for name, known in SCHEDULER_CLASSES.items()}
+DPM_SOLVERS = {
+    ("dpmsolver++", 2): "dpmpp_2m",
+    ("dpmsolver++", 3): "dpmpp_3m",
+    ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
+    ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
 }
+# Switches that make another grid: a sampler whose class has no such switch must not ignore it.
+GRID_SWITCHES = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "sigma_min",
+    "sigma_max",
+    "final_sigmas_type",
+    "interpolation_type",
+    "timestep_type",
+    "lambda_min_clipped",
+)
 
 
 def get_sampler(name: str) -> Sampler:
@@ -195,9 +152,84 @@ def get_sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-def make_steps(schedule: Schedule, sampler: str, count: int) -> Steps:
-    """The grid of `count` steps; JaxsdError if the schedule has fewer."""
-    return (continuous_grid if schedule.continuous else get_sampler(sampler).grid)(schedule, count)
+def default_sampler(schedule: Schedule) -> str:
+    """The sampler of the scheduler that a folder ships; JaxsdError if it is not among ours."""
+    if schedule.class_name != "DPMSolverMultistepScheduler":
+        return DEFAULT_SAMPLER[schedule.class_name]
+    kind = schedule.algorithm_type, schedule.solver_order
+    if kind not in DPM_SOLVERS:
+        raise JaxsdError(f"no sampler for solver_order={kind[1]} of {schedule.class_name}: 2 or 3")
+    return DPM_SOLVERS[kind]
+
+
+def make_steps(
+    schedule: Schedule,
+    sampler: str,
+    count: int,
+    *,
+    timesteps: Sequence[float | int] | None = None,
+    sigmas: Sequence[float | int] | None = None,
+    strength: float = 1.0,
+) -> Steps:
+    """The grid of `count` steps; pndm has a row for each evaluation, which are more.
+
+    timesteps, sigmas (sigma / alpha, one more than steps): in place of `count`, falling, for the
+    samplers whose scheduler in diffusers takes them. strength: how much of the way from noise an
+    image-to-image run goes; sets `first`, but lcm and tcd make `count` steps of that part, as
+    diffusers' pipeline for LCM does. JaxsdError for what the schedule or the sampler cannot do.
+    """
+    chosen = get_sampler(sampler)
+    _refuse_switches(schedule, sampler, chosen)
+    if timesteps is not None or sigmas is not None:
+        _refuse_custom(schedule, sampler, chosen, timesteps, sigmas)
+        count = len(sigmas) - 1 if sigmas is not None else len(timesteps or ())
+    if not 0 < strength <= 1:
+        raise JaxsdError(f"strength must be above 0 and at most 1, not {strength:g}")
+    ask = Ask(count, timesteps, sigmas, strength)
+    steps = (chosen.continuous if schedule.continuous else chosen.grid)(schedule, ask)
+    if chosen.second:
+        steps = chosen.second(schedule, steps)
+        # From pure noise r falls from infinity, and a second slope would be weighted by it.
+        mid_sigma = np.where(steps.alpha < 1e-6, 0, steps.mid_sigma)
+        steps = steps._replace(mid_sigma=mid_sigma)  # pyright: ignore
+    if chosen.orders:
+        steps = steps._replace(order=chosen.orders(schedule, len(steps.t)))  # pyright: ignore
+    if sampler not in ("lcm", "tcd"):
+        skipped = count - min(int(count * strength), count)
+        if skipped == count:
+            raise JaxsdError(f"strength {strength:g} of {count} steps is less than one step")
+        steps = steps._replace(first=np.int32(skipped))  # pyright: ignore
+    return padded(steps)
+
+
+def _refuse_switches(schedule: Schedule, name: str, sampler: Sampler) -> None:
+    known = () if schedule.continuous else SCHEDULER_CLASSES[sampler.scheduler].defaults
+    usual = {field.name: field.default for field in dataclasses.fields(Schedule)}
+    for switch in GRID_SWITCHES:
+        value = getattr(schedule, switch)
+        if switch not in known and value is not None and value != usual[switch]:
+            on = "a continuous schedule" if schedule.continuous else f"the sampler {name}"
+            raise JaxsdError(f"{on} cannot do {switch}={value!r}; set it to {usual[switch]!r}")
+
+
+def _refuse_custom(schedule, name: str, sampler: Sampler, timesteps, sigmas) -> None:
+    kind, values = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+    if timesteps is not None and sigmas is not None:
+        raise JaxsdError("give timesteps or sigmas, not both")
+    if kind not in sampler.custom:
+        able = [other for other, row in SAMPLERS.items() if kind in row.custom]
+        raise JaxsdError(f"the sampler {name} takes no {kind} of yours; {', '.join(able)} do")
+    if schedule.continuous:
+        raise JaxsdError(f"a continuous schedule takes no {kind} of yours")
+    if schedule.sigma_switches and kind == "timesteps":
+        raise JaxsdError(f"timesteps of yours cannot go with {schedule.sigma_switches[0]}")
+    if not 1 <= len(values) - (kind == "sigmas") <= MAX_STEPS:
+        raise JaxsdError(f"{len(values)} {kind} are not from 1 to {MAX_STEPS} steps")
+    most = schedule.num_train_timesteps - 1 if kind == "timesteps" else np.inf
+    array = np.asarray(values, np.float64)
+    if not (np.all(np.diff(array) < 0) and array[-1] >= 0 and array[0] <= most):
+        limit = f" from {most} on" if kind == "timesteps" else ""
+        raise JaxsdError(f"{kind} must fall{limit}, and not below 0")
 
 
 def run(
@@ -211,19 +243,16 @@ def run(
     start: jax.Array,
     stop: jax.Array,
     eta: jax.Array,
+    after: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, History]:
     """Steps start ... stop - 1 of the loop, inside `jax.jit`; start and stop are traced.
 
     x: latents [b, h, w, c], float32. history: as the last call returned it, zeros at first. keys: a
     PRNG key for each image. One program thus serves the whole loop, and any part of it for a caller
-    who wants to look at the latents in between.
+    who wants to look at the latents in between. `after(x, i)` may change the latents after step i,
+    to blend in what inpainting keeps.
     """
-
-    def predict(x, t, alpha, sigma):
-        x0, eps = x0_and_eps(schedule.prediction_type, denoise(x, t), x, alpha, sigma)
-        if schedule.clip_sample:  # the noise stays as predicted, as in diffusers
-            x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
-        return x0, eps
+    predict = Predict(schedule, denoise)
 
     def body(i, carry):
         def noise(k: int) -> jax.Array:
@@ -233,7 +262,8 @@ def run(
 
             return jax.vmap(one)(keys)
 
-        return sampler.step(predict, *carry, steps, i, noise, eta)
+        x_after, history = sampler.step(predict, *carry, steps, i, noise, eta)
+        return (after(x_after, i) if after else x_after), history
 
     return jax.lax.fori_loop(start, stop, body, (x, history))
 

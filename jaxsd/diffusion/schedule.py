@@ -8,13 +8,14 @@ that others write in the coordinates z / alpha. Time t runs from 0 (clean) to `n
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxsd.diffusion.schedulers import SCHEDULER_CLASSES
 from jaxsd.errors import JaxsdError
 from jaxsd.models.config import Config
 
@@ -48,151 +49,201 @@ def prediction_target(
     return targets[prediction_type]
 
 
-class Steps(NamedTuple):
-    """A sampling grid: step i goes from (alpha, sigma)[i], seen at timestep t[i], to next_*[i].
-
-    Arrays of MAX_STEPS float32 of which the first `count` are meant, so that the number of steps
-    can change without compiling anew. Where one step ends the next one need not begin: DDIM's
-    historical grids overlap unless the number of steps divides 1000.
-    """
-
-    t: jax.Array
-    alpha: jax.Array
-    sigma: jax.Array
-    next_alpha: jax.Array
-    next_sigma: jax.Array
-    count: jax.Array  # int32
-    init_scale: jax.Array  # initial latents are this times N(0, 1)
-
-    def at(self, i: jax.Array) -> "Step":
-        return Step(*(jnp.asarray(values)[i] for values in self[:5]))
-
-
-class Step(NamedTuple):
-    """One row of `Steps`: scalars."""
-
-    t: jax.Array
-    alpha: jax.Array
-    sigma: jax.Array
-    next_alpha: jax.Array
-    next_sigma: jax.Array
-
-
 MAX_STEPS = 1000
+# Written whatever the class: another one, made of this file, would mean something else without.
+SWITCHED = ("clip_sample", "set_alpha_to_one")
+READ_BY_RUN = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "variance_type",
+    "skip_prk_steps",
+    "algorithm_type",
+    "solver_type",
+    "timestep_scaling",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Config):
-    """A noise schedule, as in diffusers' `scheduler/scheduler_config.json`.
+    """A noise schedule and how to step through it: diffusers' `scheduler/scheduler_config.json`.
 
     `beta_schedule`: "linear", "scaled_linear" (Stable Diffusion: linear in sqrt(beta)),
-    "squaredcos_cap_v2" (Nichol & Dhariwal 2021), or our continuous "cosine", alpha = cos(pi t / 2T)
-    (Salimans & Ho 2022), which diffusers has no word for: its file says squaredcos_cap_v2, which is
-    near, and adds `"continuous_schedule": "cosine"`.
-    `class_name` is the diffusers class that the file names; it decides the default sampler.
+    "squaredcos_cap_v2" (Nichol & Dhariwal 2021), "sigmoid" (GeoDiff), or our continuous "cosine",
+    alpha = cos(pi t / 2T) (Salimans & Ho 2022), which diffusers has no word for: its file says
+    squaredcos_cap_v2, which is near, and adds `"continuous_schedule": "cosine"`. `trained_betas`
+    takes the place of all of them. `class_name` is the diffusers class that the file names; it
+    decides the default sampler. Switches that only some samplers have do nothing in the others, but
+    those of the grid are refused there (`samplers.make_steps`).
     """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False  # 2305.08891, algorithm 1
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    set_alpha_to_one: bool = True  # whether DDIM's and PNDM's last step ends clean, or at t = 0
     clip_sample: bool = True
     clip_sample_range: float = 1.0
+    thresholding: bool = False  # dynamic (Saharia et al. 2022); takes the place of clipping
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
     class_name: str = "DDIMScheduler"
+    variance_type: str | None = "fixed_small"  # of DDPM: the posterior's, or "fixed_large": beta
+    skip_prk_steps: bool = True  # whether PNDM starts without Runge-Kutta steps
+    # Grids of samplers that count in sigma / alpha: at most one of the four use_*
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+    use_lu_lambdas: bool | None = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"
+    interpolation_type: str = "linear"
+    timestep_type: str = "discrete"
+    lambda_min_clipped: float = -math.inf
+    # DPM-Solver and UniPC
+    algorithm_type: str = "dpmsolver++"
+    solver_order: int = 2
+    solver_type: str = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    # LCM and TCD
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
 
-    # What shipped files say that touches nothing here (PNDM's, Euler's and DPM-Solver's switches
-    # included).
+    # What shipped files say that touches nothing here.
     NEUTRAL = {
-        "trained_betas": (None,),
-        "thresholding": (False,),
-        "rescale_betas_zero_snr": (False,),
-        "interpolation_type": ("linear",),
-        "use_karras_sigmas": (False, None),
-        "use_exponential_sigmas": (False, None),
-        "use_beta_sigmas": (False, None),
-        "sigma_min": (None,),
-        "sigma_max": (None,),
-        "timestep_type": ("discrete",),
-        "final_sigmas_type": ("zero",),
-        "variance_type": ("fixed_small", "fixed_small_log", None),
-        "algorithm_type": ("dpmsolver++",),
-        "solver_order": (2,),
-        "solver_type": ("midpoint",),
-        "lower_order_final": (True,),
-        "euler_at_final": (False,),
-        "lambda_min_clipped": (-math.inf,),
-        "use_lu_lambdas": (False,),
         "use_flow_sigmas": (False,),
         "use_dynamic_shifting": (False,),
+        "shift_terminal": (None,),
+        "predict_x0": (True,),
+        "disable_corrector": ((),),
+        "solver_p": (None,),
     }
     IGNORED = (
-        "skip_prk_steps",
-        "dynamic_thresholding_ratio",
-        "sample_max_value",
         "flow_shift",  # read only with use_flow_sigmas
         "time_shift_type",  # read only with use_dynamic_shifting
     )
 
     def __post_init__(self):
         choices = {
-            "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "cosine"),
+            "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "cosine"),
             "prediction_type": PREDICTION_TYPES,
             "timestep_spacing": ("leading", "trailing", "linspace"),
+            "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None),
+            "final_sigmas_type": ("zero", "sigma_min"),
+            "interpolation_type": ("linear", "log_linear"),
+            "timestep_type": ("discrete", "continuous"),
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+            "solver_order": (1, 2, 3),
+            "solver_type": ("midpoint", "heun", "bh1", "bh2"),
+            "class_name": tuple(SCHEDULER_CLASSES),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
+            if (value := getattr(self, name)) not in allowed:
+                listed = ", ".join(map(str, allowed))
+                raise ValueError(f"{name}={value!r} is not supported; there are {listed}")
         if not 0 < self.num_train_timesteps <= 100_000:
             raise ValueError(f"num_train_timesteps={self.num_train_timesteps} is out of range")
+        if self.trained_betas is not None:
+            if len(self.trained_betas) != self.num_train_timesteps:
+                raise ValueError(
+                    f"trained_betas has {len(self.trained_betas)} values for "
+                    f"num_train_timesteps={self.num_train_timesteps}"
+                )
+            if not all(0 < beta < 1 for beta in self.trained_betas):
+                raise ValueError("trained_betas must lie between 0 and 1")
+        if len(grids := self.sigma_switches) > 1:
+            raise ValueError(f"{' and '.join(grids)} cannot be used together")
+
+    def for_run(self) -> "Schedule":
+        """What `samplers.run` reads, all else as usual: static where the grid is traced.
+
+        Schedules that differ in their grids alone thus share one compiled program.
+        """
+        return Schedule(**{name: getattr(self, name) for name in READ_BY_RUN})
+
+    @property
+    def sigma_switches(self) -> tuple[str, ...]:
+        """Which of the switches for other noise levels is on."""
+        kinds = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
+        return tuple(f"use_{kind}" for kind in kinds if getattr(self, f"use_{kind}"))
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str = "scheduler_config.json") -> "Schedule":
         values = dict(values)
         name = values.get("_class_name", "DDIMScheduler")
-        # Each diffusers class has defaults of its own for what its file leaves out.
-        defaults: dict[str, Any] = {"class_name": name}
-        if name not in ("DDIMScheduler", "DDPMScheduler"):
-            defaults |= {"clip_sample": False, "set_alpha_to_one": name != "PNDMScheduler"}
-        if name not in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler"):
-            defaults["timestep_spacing"] = "linspace"
         if continuous := values.pop("continuous_schedule", None):
             values["beta_schedule"] = continuous
-        return super().from_json(defaults | values, where)
+        return super().from_json(_class_defaults(name) | values, where)
 
     def to_json(self) -> dict[str, Any]:
         values = super().to_json()
-        values = {"_class_name": values.pop("class_name"), **values}
+        name = values.pop("class_name")
+        # What the class knows, and what else is out of the ordinary and would be lost.
+        defaults, usual = SCHEDULER_CLASSES[name].defaults, dataclasses.asdict(Schedule())
+        usual |= _class_defaults(name)
+        kept = {*defaults, *SWITCHED}
+        values = {k: v for k, v in values.items() if k in kept or v != usual[k]}
         if self.beta_schedule == "cosine":
             values |= {"beta_schedule": "squaredcos_cap_v2", "continuous_schedule": "cosine"}
-        return values
+        return {"_class_name": name, **values}
 
     @property
     def continuous(self) -> bool:
         """Whether the schedule is defined at every real t, not by a table of betas."""
-        return self.beta_schedule == "cosine"
+        return self.beta_schedule == "cosine" and self.trained_betas is None
 
     @functools.cached_property
-    def alphas_cumprod(self) -> np.ndarray:
-        """alpha_t^2 for t = 0 ... T-1: the table that PyTorch comes to, to the last bit.
-
-        Betas are float32; their product is kept in double and rounded once for each t.
-        """
+    def betas(self) -> np.ndarray:
+        """The variance that each timestep adds, float32, as PyTorch has it to the last bit."""
         n, f32 = self.num_train_timesteps, np.float32
-        if self.beta_schedule == "cosine":
-            return (np.cos(np.arange(n) / n * np.pi / 2) ** 2).astype(f32)
-        if self.beta_schedule == "linear":
+        if self.trained_betas is not None:
+            betas = np.asarray(self.trained_betas, f32)
+        elif self.beta_schedule == "linear":
             betas = _torch_linspace(self.beta_start, self.beta_end, n)
         elif self.beta_schedule == "scaled_linear":
             roots = _torch_linspace(self.beta_start**0.5, self.beta_end**0.5, n)
             betas = roots * roots
+        elif self.beta_schedule == "sigmoid":
+            sigmoid = 1 / (1 + np.exp(-_torch_linspace(-6.0, 6.0, n)))
+            betas = sigmoid * f32(self.beta_end - self.beta_start) + f32(self.beta_start)
         else:
             bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
             betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(f32)
-        return np.cumprod(f32(1) - betas, dtype=np.float64).astype(f32)
+        return _zero_terminal_snr(betas) if self.rescale_betas_zero_snr else betas
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """alpha_t^2 for t = 0 ... T-1: the table that PyTorch comes to, to the last bit."""
+        if self.continuous:
+            n = self.num_train_timesteps
+            return (np.cos(np.arange(n) / n * np.pi / 2) ** 2).astype(np.float32)
+        return _cumprod(np.float32(1) - self.betas)
+
+    @functools.cached_property
+    def ratios(self) -> np.ndarray:
+        """sigma_t / alpha_t for t = 0 ... T-1, float32 as in PyTorch.
+
+        Without any signal left it would be infinite: diffusers then takes alpha = 2^-12.
+        """
+        bar = self.alphas_cumprod
+        bar = np.where(bar == 0, np.float32(2.0**-24), bar)
+        return np.sqrt((1 - bar) / bar)
 
     def alpha_sigma(
         self, t: Float[Array, "..."]
@@ -204,10 +255,13 @@ class Schedule(Config):
         if self.continuous:
             angle = t * (math.pi / 2 / self.num_train_timesteps)
             return jnp.cos(angle), jnp.sin(angle)
-        bar = self.alphas_cumprod.astype(np.float64)
-        ratios = jnp.asarray(np.sqrt((1 - bar) / bar), jnp.float32)
-        ratio = jnp.interp(t, jnp.arange(len(bar), dtype=jnp.float32), ratios)
+        n = self.num_train_timesteps
+        ratios = jnp.asarray(self.ratios, jnp.float32)
+        ratio = jnp.interp(t, jnp.arange(n, dtype=jnp.float32), ratios)
         alpha = jax.lax.rsqrt(1 + ratio * ratio)
+        if self.alphas_cumprod[-1] == 0:  # zero terminal SNR: the last time is noise alone
+            noise = t >= n - 1
+            return jnp.where(noise, 0.0, alpha), jnp.where(noise, 1.0, ratio * alpha)
         return alpha, ratio * alpha
 
     def random_times(self, key: jax.Array, count: int, continuous: bool) -> Float[Array, " n"]:
@@ -225,23 +279,50 @@ class Schedule(Config):
         strata = (start + jnp.arange(count, dtype=jnp.float32) / count) % 1.0
         return strata * (n if self.continuous else n - 1)
 
-    def timesteps(self, count: int, rounded: bool = True) -> np.ndarray:
+    def timesteps(
+        self, count: int, rounded: bool = True, usable: int | None = None, spacing: str = ""
+    ) -> np.ndarray:
         """`count` times from noisy to clean by `timestep_spacing` (diffusers' set_timesteps).
 
         Lin et al. 2023 (2305.08891), table 2, names the spacings. `rounded=False` keeps linspace's
-        fractions, as Euler does.
+        fractions, as Euler does. `usable`: only the cleanest of the timesteps.
         """
-        n, spacing = self.num_train_timesteps, self.timestep_spacing
+        n, spacing = self.num_train_timesteps, spacing or self.timestep_spacing
+        usable = n if usable is None else usable
         if not 1 <= count <= min(n, MAX_STEPS):
             raise JaxsdError(f"steps must be from 1 to {min(n, MAX_STEPS)}, not {count}")
+        if self.continuous:
+            return n * (np.arange(count, 0, -1) / count)
         if spacing == "leading":
-            times = (np.arange(count) * (n // count))[::-1].astype(np.float64)
+            times = (np.arange(count) * (usable // count))[::-1].astype(np.float64)
             # The offset must not lead out of the table, as it would with all n steps.
             return times + min(self.steps_offset, n - 1 - times[0])
         if spacing == "trailing":
-            return np.round(np.arange(n, 0, -n / count)[:count]) - 1
-        times = np.linspace(0, n - 1, count)[::-1]
+            return np.round(np.arange(usable, 0, -n / count)[:count]) - 1
+        times = np.linspace(0, usable - 1, count)[::-1]
         return np.round(times) if rounded else times
+
+
+def _class_defaults(name: str) -> dict[str, Any]:
+    """What a file of this class means where it says nothing."""
+    if name not in SCHEDULER_CLASSES:
+        return {"class_name": name}  # refused by name with the rest
+    plain = {"class_name": name, "clip_sample": False, "timestep_spacing": "linspace"}
+    return plain | SCHEDULER_CLASSES[name].defaults
+
+
+def _cumprod(alphas: np.ndarray) -> np.ndarray:
+    """torch.cumprod in float32: the product is kept in double and rounded once for each t."""
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+
+
+def _zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Lin et al. 2023 (2305.08891), algorithm 1: shifts and scales alpha so that it ends at 0."""
+    alpha = np.sqrt(_cumprod(np.float32(1) - betas))
+    first, last = alpha[0], alpha[-1]
+    alpha = (alpha - last) * (first / (first - last))
+    bar = alpha * alpha
+    return np.float32(1) - np.append(bar[:1], bar[1:] / bar[:-1])
 
 
 def _torch_linspace(first: float, last: float, count: int) -> np.ndarray:

@@ -266,13 +266,16 @@ class Net:
         **kwargs: Any,
     ) -> Any:
         """Applies the module (or its `method`); dropout is active only with a `dropout_key`."""
+        with dropout_keys(dropout_key):
+            return getattr(self.bind(params), method)(*inputs, **kwargs)
+
+    def bind(self, params: Params) -> Any:
+        """A new module with these arrays in place, for a caller who wants to look inside it."""
         variables = [
             variable.replace(params[name])
             for name, variable in zip(self.shapes, self._metadata, strict=True)
         ]
-        module = nnx.merge(self._graph, jax.tree_util.tree_unflatten(self._tree, variables))
-        with dropout_keys(dropout_key):
-            return getattr(module, method)(*inputs, **kwargs)
+        return nnx.merge(self._graph, jax.tree_util.tree_unflatten(self._tree, variables))
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters; each depends on the key and its own name only."""

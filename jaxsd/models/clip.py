@@ -1,22 +1,23 @@
 """CLIP (Radford et al. 2021): a text tower and a picture tower that meet in one space.
 
-Names as in transformers' `CLIPModel`. Stable Diffusion reads the text tower's last hidden states;
-the picture tower is there to train the text tower with (`jaxsd.objectives.clip`).
+Names as in transformers' `CLIPModel`. Stable Diffusion reads the text tower's last hidden states,
+XL the last but one and a pooled, projected state; the picture tower is there to train the text
+tower with (`jaxsd.objectives.clip`).
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxsd.models.config import Config
+from jaxsd.models.config import NetworkConfig
 from jaxsd.nn import ACTIVATIONS, Conv2d, Embedding, LayerNorm, Linear, attention, normal, parameter
 
 
-class _CLIPConfig(Config):
+class _CLIPConfig(NetworkConfig):
     # Old transformers wrote its whole PretrainedConfig (generation defaults, label maps ...) into
     # the file, so for CLIP an unknown name is no warning sign.
     @classmethod
@@ -24,10 +25,16 @@ class _CLIPConfig(Config):
         names = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore
         return super().from_json({k: v for k, v in values.items() if k in names}, where)
 
+    hidden_size: int
+    num_attention_heads: int
+    hidden_act: str
+
     def __post_init__(self):
-        act = getattr(self, "hidden_act")  # noqa: B009 (declared by the subclasses)
-        if act not in ACTIVATIONS:
-            raise ValueError(f"unsupported hidden_act={act!r}")
+        super().__post_init__()
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"unsupported hidden_act={self.hidden_act!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("num_attention_heads does not divide hidden_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +52,23 @@ class CLIPTextConfig(_CLIPConfig):
     projection_dim: int = 768
     eos_token_id: int = 49407
 
+    architecture: ClassVar[str] = "CLIPTextModel"
+
     def to_json(self) -> dict[str, Any]:
-        fixed = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+        fixed = {"architectures": [self.architecture], "model_type": "clip_text_model"}
         return {
             **fixed,
             **super().to_json(),
             "bos_token_id": self.vocab_size - 2,
             "pad_token_id": 1,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextProjectionConfig(CLIPTextConfig):
+    """As CLIPTextConfig, for a tower that ends in a projection to `projection_dim`."""
+
+    architecture: ClassVar[str] = "CLIPTextModelWithProjection"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +84,11 @@ class CLIPVisionConfig(_CLIPConfig):
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch_size > self.image_size:
+            raise ValueError("patch_size exceeds image_size")
 
     def to_json(self) -> dict[str, Any]:
         return {"model_type": "clip_vision_model", **super().to_json()}
@@ -112,10 +133,13 @@ class Encoder(nnx.Module):
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         self.layers = nnx.List([EncoderLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def __call__(self, x: jax.Array, causal: bool) -> list[jax.Array]:
-        """Every hidden state, the input first."""
+    def __call__(self, x: jax.Array, causal: bool, depth: int | None = None) -> list[jax.Array]:
+        """Every hidden state up to that of layer `depth` (by default the last), the input first."""
+        depth = len(self.layers) if depth is None else depth
+        if not 0 <= depth <= len(self.layers):
+            raise ValueError(f"no layer {depth}: this tower has {len(self.layers)}")
         states = [x]
-        for layer in self.layers:
+        for layer in list(self.layers)[:depth]:
             states.append(layer(states[-1], causal))
         return states
 
@@ -137,9 +161,22 @@ class TextTransformer(nnx.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
+    def hidden_states(self, ids: Int[Array, "b t"], depth: int | None = None) -> list[jax.Array]:
+        return self.encoder(self.embeddings(ids), True, depth)
+
     def __call__(self, ids: Int[Array, "b t"], clip_skip: int = 0) -> Float[Array, "b t c"]:
-        states = self.encoder(self.embeddings(ids), causal=True)
-        return self.final_layer_norm(states[-1 - clip_skip])
+        depth = len(self.encoder.layers) - clip_skip
+        return self.final_layer_norm(self.hidden_states(ids, depth)[-1])
+
+
+def pool(
+    states: Float[Array, "b t c"], ids: Int[Array, "b t"], eos_token_id: int
+) -> Float[Array, "b c"]:
+    """The state at the first end-of-text token."""
+    # Configs from before 2023 say eos_token_id 2 and mean the highest id (transformers #24773).
+    ends = ids if eos_token_id == 2 else (ids == eos_token_id)
+    last = jnp.argmax(ends.astype(jnp.int32), -1)
+    return jnp.take_along_axis(states, last[:, None, None], 1)[:, 0]
 
 
 class VisionEmbeddings(nnx.Module):
@@ -181,6 +218,36 @@ class CLIPTextModel(nnx.Module):
         """Hidden states after the final LayerNorm; `clip_skip` leaves out that many last layers."""
         return self.text_model(input_ids, clip_skip)
 
+    def penultimate(
+        self, input_ids: Int[Array, "b t"], clip_skip: int = 0
+    ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"] | None]:
+        """What Stable Diffusion XL reads: states without the final LayerNorm, and the pooled one.
+
+        The states are those before the last 1 + `clip_skip` layers. The pooled state is the
+        projected one of the whole tower, None for a tower without a projection.
+        """
+        depth = len(self.text_model.encoder.layers) - 1 - clip_skip
+        return self.text_model.hidden_states(input_ids, depth)[-1], None
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The text tower with a projection of its end-of-text state: XL's second text encoder."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__(config)
+        self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def penultimate(
+        self, input_ids: Int[Array, "b t"], clip_skip: int = 0
+    ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"] | None]:
+        states = self.text_model.hidden_states(input_ids)
+        depth = len(states) - 2 - clip_skip
+        if not 0 <= depth < len(states):
+            raise ValueError(f"clip_skip must be from 0 to {len(states) - 2}, not {clip_skip}")
+        last = self.text_model.final_layer_norm(states[-1])
+        pooled = pool(last, input_ids, self.config.eos_token_id)
+        return states[depth], self.text_projection(pooled)
+
 
 class CLIPModel(nnx.Module):
     """Both towers, their projections to one space, and the log temperature."""
@@ -198,11 +265,7 @@ class CLIPModel(nnx.Module):
 
     def text_features(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b p"]:
         """The projected state at the first end-of-text token, not normalised."""
-        states = self.text_model(input_ids)
-        # Configs from before 2023 say eos_token_id 2 and mean the highest id (transformers #24773).
-        ends = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id)
-        last = jnp.argmax(ends.astype(jnp.int32), -1)
-        pooled = jnp.take_along_axis(states, last[:, None, None], 1)[:, 0]
+        pooled = pool(self.text_model(input_ids), input_ids, self.eos_token_id)
         return self.text_projection(pooled)
 
     def image_features(self, pictures: Float[Array, "b h w c"]) -> Float[Array, "b p"]:

@@ -1,7 +1,9 @@
 """Model configurations that read and write diffusers' and transformers' `config.json`."""
 
+import contextlib
 import dataclasses
-from typing import Any, TypeVar
+import types
+from typing import Any, TypeVar, get_args, get_origin
 
 from jaxsd.errors import JaxsdError
 
@@ -27,18 +29,18 @@ class Config:
         for name, value in values.items():
             value = tuple(value) if isinstance(value, list) else value
             if name in fields:
-                # A list where one number is known: heads or layers that differ from block to block.
-                kinds = [kind.startswith("tuple") for kind in str(fields[name].type).split(" | ")]
-                if isinstance(value, tuple) not in kinds:
-                    unsupported.append(f"{name}={values[name]!r}")
-                known[name] = value
+                try:
+                    known[name] = _cast(value, fields[name].type)
+                except (TypeError, OverflowError):
+                    unsupported.append(f"{name}={short(values[name])}")
             elif name in cls.NEUTRAL:
                 if value not in cls.NEUTRAL[name]:
-                    unsupported.append(f"{name}={value!r} (supported: {cls.NEUTRAL[name][0]!r})")
+                    neutral = cls.NEUTRAL[name][0]
+                    unsupported.append(f"{name}={short(value)} (supported: {neutral!r})")
             elif not name.startswith("_") and name not in cls.IGNORED:
-                unsupported.append(f"{name}={value!r} (unknown)")
+                unsupported.append(f"{short(name)[1:-1]}={short(value)} (unknown)")
         required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-        if missing := sorted(required - set(known)):
+        if missing := sorted(required - set(values)):
             raise JaxsdError(f"{where}: no value for {', '.join(missing)}")
         if unsupported:
             raise JaxsdError(f"{where}: unsupported {'; '.join(unsupported)}")
@@ -51,3 +53,65 @@ class Config:
         """What `config.json` says: the fields, tuples as lists."""
         values = dataclasses.asdict(self)  # pyright: ignore
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _cast(value: Any, kind: Any) -> Any:
+    """A value of a file as a field's type, a whole number as a float too; TypeError if it is none.
+
+    JSON's other confusions, such as true for 1, are refused: they are mistakes.
+    """
+    if isinstance(kind, types.UnionType):
+        for one in get_args(kind):
+            with contextlib.suppress(TypeError):
+                return _cast(value, one)
+    elif get_origin(kind) is tuple and isinstance(value, tuple):
+        return tuple(_cast(v, get_args(kind)[0]) for v in value)
+    elif kind is float and type(value) in (int, float) and value == value:  # NaN is not itself
+        return float(value)
+    elif type(value) is kind and (kind is not str or len(value) <= 100):
+        return value
+    raise TypeError(f"{value!r} is no {kind}")
+
+
+def short(value: Any) -> str:
+    """How an error shows a value of a file: on one line, and no more than that."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+# Least and most of the numbers in a network's config, far beyond any network there is: what a file
+# asks for must be built in seconds, and a mistake in it be told in words.
+LIMITS: dict[str, tuple[float, float]] = {
+    "downsample_padding": (0, 1),
+    "dropout": (0, 0.99),
+    "eos_token_id": (0, 1 << 20),
+    "freq_shift": (0, 16),
+    "layer_norm_eps": (0, 1),
+    "layers_per_block": (1, 16),
+    "norm_eps": (0, 1),
+    "num_decoder_blocks": (0, 16),
+    "num_encoder_blocks": (0, 16),
+    "num_hidden_layers": (1, 128),
+    "scaling_factor": (1e-6, 1e6),
+    "transformer_layers_per_block": (0, 32),
+    "vocab_size": (1, 1 << 20),
+}
+SIZE = (1, 1 << 16)  # of any other number
+MOST_BLOCKS = 8
+
+
+class NetworkConfig(Config):
+    """A config whose numbers are sizes of a network: ValueError for those that none can have."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # pyright: ignore
+            value = getattr(self, field.name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not 1 <= len(values) <= MOST_BLOCKS:
+                raise ValueError(f"{field.name} has {len(values)} entries, not 1 to {MOST_BLOCKS}")
+            least, most = LIMITS.get(field.name, SIZE)
+            for number in values:
+                if type(number) in (int, float) and not least <= number <= most:
+                    raise ValueError(
+                        f"{field.name}={short(number)} is not from {least:g} to {most:g}"
+                    )

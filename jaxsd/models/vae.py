@@ -13,14 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxsd.models.blocks import AttentionBlock, Downsample, ResnetBlock, Upsample
-from jaxsd.models.config import Config
+from jaxsd.models.config import NetworkConfig
 from jaxsd.nn import Conv2d, GroupNorm
 
 EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig(Config):
+class VAEConfig(NetworkConfig):
     """The fields of `vae/config.json`; the UNet sees latents times `scaling_factor`."""
 
     sample_size: int = 512
@@ -46,6 +46,9 @@ class VAEConfig(Config):
     IGNORED = ("force_upcast",)  # about float16, which we never run the VAE in unasked
 
     def __post_init__(self):
+        super().__post_init__()
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError("norm_num_groups does not divide block_out_channels")
         blocks = len(self.block_out_channels)
         if self.down_block_types != ("DownEncoderBlock2D",) * blocks:
             raise ValueError(f"unsupported down_block_types {self.down_block_types}")

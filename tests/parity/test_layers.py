@@ -15,7 +15,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch_reference import nchw, nhwc, randomise, relative_error, to_params
 
 from jaxsd import nn
-from jaxsd.models import blocks, unet
+from jaxsd.models import blocks, embeddings, transformer
 
 TOLERANCE = 2e-5
 rng = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def test_attention(heads, causal, scale):
 
 def test_cross_attention():
     module = torch_attention.Attention(12, cross_attention_dim=10, heads=3, dim_head=4)
-    layer = unet.CrossAttention(12, 10, 3, dropout=0.0)
+    layer = transformer.CrossAttention(12, 10, 3, dropout=0.0)
     assert layer_error(layer, module, normal(2, 6, 12), normal(2, 9, 10)) <= TOLERANCE
 
 
@@ -119,7 +119,7 @@ def test_attention_block():
 
 
 def test_feed_forward_with_exact_gelu():
-    module, layer = TorchFeedForward(6, activation_fn="geglu"), unet.FeedForward(6, 0.0)
+    module, layer = TorchFeedForward(6, activation_fn="geglu"), transformer.FeedForward(6, 0.0)
     assert layer_error(layer, module, 3 * normal(2, 50, 6)) <= TOLERANCE
 
 
@@ -151,10 +151,10 @@ def test_timestep_embedding(flip, shift):
     expected = get_timestep_embedding(
         torch.from_numpy(t), 320, flip_sin_to_cos=flip, downscale_freq_shift=shift
     )
-    ours = unet.timestep_embedding(jnp.asarray(t), 320, flip, shift)
+    ours = embeddings.timestep_embedding(jnp.asarray(t), 320, flip, shift)
     # sin(999 f) in float32: half a unit in the last place of the angle is already 3e-5.
     assert np.abs(np.asarray(ours) - expected.numpy()).max() <= 1e-4
-    module, layer = TorchTimestepEmbedding(320, 64), unet.TimestepEmbedding(320, 64)
+    module, layer = TorchTimestepEmbedding(320, 64), embeddings.TimestepEmbedding(320, 64)
     assert layer_error(layer, module, expected.numpy()) <= TOLERANCE
 
 

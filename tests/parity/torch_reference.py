@@ -1,10 +1,16 @@
-"""What the parity tests share: random torch modules, their weights as `Params`, relative error."""
+"""What the parity tests share: random torch modules, their weights as `Params`, errors."""
 
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from jaxsd.nn import Net, Params
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float32)
 
 
 def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.05) -> torch.nn.Module:

@@ -1,0 +1,94 @@
+"""Configs from files that lie: absurd numbers and wrong types end in one line, and at once."""
+
+import json
+import math
+import random
+import time
+
+import pytest
+import tiny
+
+from jaxsd.components import COMPONENTS, make_net, read_config
+from jaxsd.errors import JaxsdError
+from jaxsd.families import FAMILIES
+from jaxsd.models import TinyVAEConfig, UNet2DConfig
+from jaxsd.models.config import MOST_BLOCKS
+
+SMALL = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+CONFIGS = {
+    "unet": [
+        tiny.LATENT_UNET,
+        FAMILIES["sdxl"].unet,
+        UNet2DConfig(
+            sample_size=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            **SMALL,
+        ),
+    ],
+    "vae": [tiny.VAE_CONFIG, TinyVAEConfig()],
+    "text_encoder": [tiny.TEXT],
+    "controlnet": [FAMILIES["sdxl"].controlnet],
+}
+ABSURD = [
+    *(-1, 0, 3, 7, 10**9, 2**63, 10**400, -(10**9), 0.5, -0.5, math.nan, math.inf, -math.inf),
+    *(True, False, None, "", "many", "a\nb" * 1000, [], {}, [1], [None], [[8, 8]], ["DownBlock2D"]),
+    *([10**9] * 2, [-4, 8], [8] * 100_000, ["x"] * 3, {"a": 1}),
+]
+
+
+def mutated(values, rng):
+    """One to three fields changed, now and then one dropped or added."""
+    values = json.loads(json.dumps(values))
+    for _ in range(rng.randint(1, 3)):
+        name = rng.choice(sorted(values))
+        old, kind = values[name], rng.random()
+        if kind < 0.05:
+            del values[name]
+        elif kind < 0.1:
+            values[f"{name}_of_tomorrow\n"] = rng.choice(ABSURD)
+        elif isinstance(old, list) and old and kind < 0.4:
+            old[rng.randrange(len(old))] = rng.choice(ABSURD)
+        elif isinstance(old, list) and kind < 0.5:
+            values[name] = old * rng.choice([0, 2, 10_000])
+        else:
+            values[name] = rng.choice(ABSURD)
+    return values
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_absurd_configs(kind):
+    rng, refused, slowest = random.Random(0), 0, 0.0
+    for i in range(200):
+        config = rng.choice(CONFIGS[kind])
+        start = time.perf_counter()
+        try:
+            found = read_config(mutated(config.to_json(), rng), kind, "here/config.json")
+        except JaxsdError as error:
+            text = str(error)
+            assert "\n" not in text and len(text) < 1000 and "here/config.json: " in text, (i, text)
+            refused += 1
+        else:
+            make_net(found)  # what is accepted can be built
+        slowest = max(slowest, time.perf_counter() - start)
+    assert 100 < refused < 200 and slowest < 5
+
+
+def test_the_largest_that_is_accepted_is_built_in_seconds():
+    values = FAMILIES["sdxl"].unet.to_json() | {
+        "down_block_types": ["CrossAttnDownBlock2D"] * MOST_BLOCKS,
+        "up_block_types": ["CrossAttnUpBlock2D"] * MOST_BLOCKS,
+        "block_out_channels": [1 << 16] * MOST_BLOCKS,
+        "attention_head_dim": 1,
+        "layers_per_block": 10,
+        "transformer_layers_per_block": 4,
+    }
+    start = time.perf_counter()
+    assert make_net(read_config(values, "unet")).size > 1e13
+    assert time.perf_counter() - start < 10
+    with pytest.raises(JaxsdError, match="transformer_layers_per_block: over 40"):
+        read_config(values | {"transformer_layers_per_block": 5}, "unet")
+
+
+def test_every_component_is_tried():
+    assert CONFIGS.keys() | {"text_encoder_2"} == COMPONENTS.keys()

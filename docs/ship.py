@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 import jaxsd
 from jaxsd import weights
-from jaxsd.components import PRETRAINED, load_clip
+from jaxsd.components import load_clip
+from jaxsd.hub import PRETRAINED
 
 RUNS = Path("runs")
 

@@ -1,8 +1,25 @@
 """Stable Diffusion in pure JAX: sample, train, distil and edit, with numbers equal to PyTorch's."""
 
-from jaxsd import weights
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxsd.errors import JaxsdError
-from jaxsd.pipeline import Pipeline, load
+
+if TYPE_CHECKING:
+    from jaxsd import weights
+    from jaxsd.conditioning import Sizes
+    from jaxsd.pipeline import Pipeline, load
 
 __version__ = "0.1.0"
-__all__ = ["JaxsdError", "Pipeline", "load", "weights"]
+__all__ = ["JaxsdError", "Pipeline", "Sizes", "load", "weights"]
+
+_HOMES = {"Pipeline": "jaxsd.pipeline", "Sizes": "jaxsd.conditioning", "load": "jaxsd.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads jax and the rest when they are first asked for: `jaxsd info` needs neither."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "weights":
+        return importlib.import_module("jaxsd.weights")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,32 +1,61 @@
 """The parts of a model on disk: where a model is, and its component folders, read and written."""
 
-import contextlib
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from jaxsd import weights
+from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
+from jaxsd.families import get_family
+from jaxsd.hub import FOLDERS, find
 from jaxsd.models import (
     AutoencoderKL,
+    AutoencoderTiny,
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTextProjectionConfig,
     CLIPVisionConfig,
+    ControlNet,
+    ControlNetConfig,
+    TinyVAEConfig,
     UNet,
+    UNet2DConfig,
     UNetConfig,
     VAEConfig,
 )
+from jaxsd.models.config import Config, short
 from jaxsd.nn import Net, Params
+from jaxsd.tokenizer import END, Tokenizer
+from jaxsd.vocabulary import TOKENIZERS, find_vocabulary, open_tokenizer, save_tokenizer
+from jaxsd.weights import single
+from jaxsd.weights.entries import Entry
+from jaxsd.weights.files import AnyPath, as_path, listing, moving_into
+from jaxsd.weights.headers import read_entries
+from jaxsd.weights.orbax import FOLDER as ORBAX
+from jaxsd.weights.orbax import is_orbax
+from jaxsd.weights.tensors import Placement, read
 
-# What a component folder holds: its config class and its module.
-COMPONENTS: dict[str, tuple[type, type]] = {
-    "unet": (UNetConfig, UNet),
-    "vae": (VAEConfig, AutoencoderKL),
-    "text_encoder": (CLIPTextConfig, CLIPTextModel),
+# What a component folder may hold: for each class that its config.json may name, ours for the
+# config and for the network. The first is meant where the file names none.
+_TEXT_ENCODER: dict[str, tuple[type[Config], type]] = {
+    "CLIPTextModel": (CLIPTextConfig, CLIPTextModel),
+    "CLIPTextModelWithProjection": (CLIPTextProjectionConfig, CLIPTextModelWithProjection),
+}
+COMPONENTS: dict[str, dict[str, tuple[type[Config], type]]] = {
+    "unet": {"UNet2DConditionModel": (UNetConfig, UNet), "UNet2DModel": (UNet2DConfig, UNet)},
+    "vae": {
+        "AutoencoderKL": (VAEConfig, AutoencoderKL),
+        "AutoencoderTiny": (TinyVAEConfig, AutoencoderTiny),
+    },
+    "text_encoder": _TEXT_ENCODER,
+    "text_encoder_2": _TEXT_ENCODER,
+    "controlnet": {"ControlNetModel": (ControlNetConfig, ControlNet)},
 }
 
 
@@ -38,16 +67,49 @@ class Component:
     params: Params
 
 
-def load_component(folder: Path, dtype: Any = None, variant: str | None = None) -> Component:
-    """Reads `unet/`, `vae/` or `text_encoder/`: the name of the folder says which."""
-    config_class, module = COMPONENTS[folder.name]
+def make_net(config: Config) -> Net:
+    """The network that a config describes."""
+    classes = (pair for kinds in COMPONENTS.values() for pair in kinds.values())
+    return Net(next(module for kind, module in classes if kind is type(config))(config))
+
+
+def load_component(
+    folder: str | PurePath,
+    dtype: Any = None,
+    variant: str | None = None,
+    kind: str | None = None,
+    sharding: Placement | None = None,
+) -> Component:
+    """Reads a component folder. `kind` is a key of COMPONENTS, by default the folder's name.
+
+    JaxsdError if the config.json names a class that is not of this kind.
+    """
+    folder = as_path(folder)
     file = folder / "config.json"
-    config = config_class.from_json(weights.read_json(file), str(file))
-    net = Net(module(config))
-    return Component(net, weights.load(folder, net, dtype, variant))
+    config = read_config(weights.read_json(file), kind or folder.name, str(file))
+    net = make_net(config)
+    if is_orbax(folder / ORBAX):
+        from jaxsd.checkpoints import load_arrays  # orbax takes as long to load as all the rest
+
+        return Component(net, load_arrays(folder / ORBAX, net, dtype, sharding))
+    return Component(net, weights.load(folder, net, dtype, variant, sharding))
 
 
-def load_clip(folder: Path) -> Component:
+def read_config(values: dict[str, Any], kind: str, where: str = "config.json") -> Config:
+    """The config in a config.json, by the class that it names."""
+    classes = COMPONENTS[kind]
+    named = values.get("_class_name")  # diffusers
+    if named is None and isinstance(values.get("architectures"), list):  # transformers
+        named = next(iter(values["architectures"]), None)
+    if named is None:
+        named = next(iter(classes))
+    if not isinstance(named, str) or named not in classes:
+        known = " or ".join(classes)
+        raise JaxsdError(f"{where}: {short(named)} is not a class that a {kind} can have: {known}")
+    return classes[named][0].from_json(values, where)
+
+
+def load_clip(folder: AnyPath) -> Component:
     """Reads `clip/`: both towers, as `train.py clip` leaves them and CLIPModel opens them."""
     values = weights.read_json(folder / "config.json")
     configs = []
@@ -59,67 +121,228 @@ def load_clip(folder: Path) -> Component:
     return Component(net, weights.load(folder, net, np.float32))
 
 
-def save_component(folder: Path, net: Net, params: Params, dtype: Any = None) -> None:
-    """Writes a component folder that diffusers or transformers opens."""
-    weights.write_json(folder / "config.json", net.config.to_json())
-    text = folder.name in ("text_encoder", "image_encoder", "clip")
-    name = weights.TRANSFORMERS_FILE if text else weights.DIFFUSERS_FILE
+def save_component(
+    folder: AnyPath,
+    net: Net,
+    params: Params,
+    dtype: Any = None,
+    variant: str | None = None,
+    orbax: bool = False,
+) -> None:
+    """Writes a component folder that diffusers or transformers opens; with `orbax` jaxsd alone."""
+    values = net.config.to_json()
+    weights.write_json(folder / "config.json", values)
+    name = weights.DIFFUSERS_FILE if "_class_name" in values else weights.TRANSFORMERS_FILE
+    if orbax:
+        from jaxsd.checkpoints import save_arrays
+
+        save_arrays(params, folder / ORBAX, dtype)
+        return
+    if variant is not None:
+        name = name.replace(".", f".{variant}.", 1)
     weights.save(params, folder, name, dtype=dtype)
 
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+# --- Whole models ----------------------------------------------------------------------------
 
 
-def find(model: str | Path, variant: str | None = None) -> Path:
-    """The folder of a model; downloads it first if it is a Hub id that names no local folder."""
-    shipped = sorted(p.parent.name for p in PRETRAINED.glob("*/model_index.json"))
-    if str(model) in shipped:
-        return PRETRAINED / str(model)
-    folder = Path(model)
-    if (folder / "model_index.json").is_file():
-        return folder
-    if folder.is_dir():
-        raise JaxsdError(f"{folder} has no model_index.json: not a diffusers folder")
-    if folder.is_file():
-        raise JaxsdError(f"{folder} is a file: give a diffusers folder")
-    if str(model).count("/") == 1 and not str(model).startswith((".", "/", "~")):
-        return _download(str(model), variant)
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model as its files have it."""
+
+    components: dict[str, Component]  # "unet", "vae", "text_encoder", "text_encoder_2"
+    schedule: Schedule
+    tokenizers: dict[str, Tokenizer]  # "tokenizer", "tokenizer_2"
+    index: dict[str, Any]  # model_index.json
+
+
+def load_parts(
+    model: str | PurePath,
+    dtype: Any = None,
+    variant: str | None = None,
+    *,
+    family: str | None = None,
+    config: str | PurePath | None = None,
+    tokenizer: str | PurePath | None = None,
+    use_ema: bool = False,
+    sharding: Placement | None = None,
+) -> Parts:
+    """Reads a model from wherever `find` finds it: a diffusers folder or a single file.
+
+    dtype, variant, sharding: see `weights.load`. tokenizer: a folder or a Hub id with a vocabulary,
+    in place of the model's own.
+
+    Of a single file only: family, a name of `jaxsd.families`, where the file cannot tell; config, a
+    diffusers folder whose configs (it needs no weights) take the place of the family's; use_ema,
+    the UNet's moving averages in place of its weights. A single file has no vocabulary: it is
+    looked for in `tokenizer`, in `config`, in tokenizer/ beside the file, then on the Hub.
+
+    JaxsdError says what is missing, wrong or ambiguous.
+    """
+    path = find(model, variant)
+    if path.is_file():
+        return _load_file(path, dtype, family, config, tokenizer, use_ema, sharding)
+    if family or config or use_ema:
+        raise JaxsdError(f"{path} is a folder, with configs of its own: family, config and use_ema "
+                         "are for single files")  # fmt: skip
+    index = weights.read_json(path / "model_index.json")
+    named = [n for n, v in index.items() if isinstance(v, list) and v and v[0] is not None]
+    known = [name for name in named if name in (*FOLDERS, "scheduler", *TOKENIZERS)]
+    if missing := [f"{name}/" for name in known if not (path / name).is_dir()]:
+        raise JaxsdError(f"{path} lacks {', '.join(missing)}")
+    if "unet" not in named:
+        raise JaxsdError(f"{path}/model_index.json names no unet: not a model that jaxsd knows")
+    tokenizers = {}
+    for name in (name for name in TOKENIZERS if name in named):
+        place = path / name
+        if tokenizer is not None:
+            place, _ = find_vocabulary(path, name, tokenizer, None)
+        tokenizers[name] = open_tokenizer(place)
+    return Parts(
+        {
+            name: load_component(path / name, dtype, variant, sharding=sharding)
+            for name in FOLDERS
+            if name in named
+        },
+        _read_schedule(path),
+        tokenizers,
+        index,
+    )
+
+
+def _load_file(
+    file: AnyPath,
+    dtype: Any,
+    family: str | None,
+    config: str | PurePath | None,
+    tokenizer: str | PurePath | None,
+    use_ema: bool,
+    sharding: Placement | None,
+) -> Parts:
+    entries = read_entries(file)
+    found = {part.component: part for part in single.parts(entries)}
+    if "unet" not in found:
+        raise JaxsdError(
+            f"{file} is not a model in a single file: it has no tensor {single.UNET.prefix}*; "
+            "`jaxsd info` says what it is"
+        )
+    folder = None if config is None else find(config)
+    if folder is None:
+        configs, schedule = _family_configs(family or _guess_family(file, entries))
+        schedule = dataclasses.replace(schedule, **single.schedule_marks(entries))
+    else:
+        configs, schedule = _folder_configs(folder)
+    if missing := configs.keys() - found.keys():
+        raise JaxsdError(f"{file} holds no {listing(sorted(missing))}")
+    alien = [f"{found[name].prefix}*" for name in found.keys() - configs.keys()]
+    if alien := alien + single.unexpected(entries, found.values()):
+        raise JaxsdError(f"{file} holds what is no part of the model: {listing(sorted(alien))}")
+    if use_ema and not single.has_ema(entries):
+        raise JaxsdError(f"{file} holds no moving averages: leave use_ema out")
+    components = {}
+    for name, values in configs.items():
+        net = make_net(values)
+        own = single.select(entries, found[name], net.shapes, use_ema)
+        components[name] = Component(net, read(own, net, dtype, sharding, file))
+    tokenizers = {}
+    for tower, name in zip(("text_encoder", "text_encoder_2"), TOKENIZERS, strict=True):
+        if tower in configs:
+            place, own = find_vocabulary(file, name, tokenizer, folder)
+            # OpenCLIP's towers were trained with a padding other than OpenAI's.
+            pad = "!" if configs[tower].hidden_act == "gelu" else END
+            tokenizers[name] = open_tokenizer(place, None if own else pad)
+    return Parts(components, schedule, tokenizers, make_index(configs, schedule))
+
+
+def _guess_family(file: AnyPath, entries: Mapping[str, Entry]) -> str:
+    names = single.family(entries)
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise JaxsdError(
+            f"{file} does not tell which family it is of, for they differ in what the network "
+            f"predicts or how it is sampled: pass family, one of {', '.join(names)}"
+        )
     raise JaxsdError(
-        f"unknown model {str(model)!r}: not a folder, and the models that ship are "
-        f"{', '.join(shipped)}"
+        f"{file} is of no family that comes with jaxsd; pass config, a diffusers folder with the "
+        "configs of its shapes"
     )
 
 
-def _download(repo: str, variant: str | None) -> Path:
-    """A repository's files of one form: a variant or the plain one, not the pickles beside them."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    # The library raises a dozen kinds of errors, none of them ours to mend.
-    try:
-        files = HfApi().list_repo_files(repo)
-    except Exception as error:
-        with contextlib.suppress(Exception):  # no network: perhaps it was fetched before
-            return Path(snapshot_download(repo, local_files_only=True))
-        raise _no_model(repo, error) from None
-    try:
-        return Path(snapshot_download(repo, allow_patterns=needed_files(files, variant)))
-    except Exception as error:
-        raise _no_model(repo, error) from None
+def _family_configs(name: str) -> tuple[dict[str, Any], Schedule]:
+    family = get_family(name)
+    configs = {name: getattr(family, name) for name in FOLDERS}
+    return {name: config for name, config in configs.items() if config}, family.schedule
 
 
-def _no_model(repo: str, error: Exception) -> JaxsdError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return JaxsdError(
-        f"no folder {repo!r} here, and the Hub did not give a model of that name ({first})"
-    )
+def _folder_configs(folder: AnyPath) -> tuple[dict[str, Any], Schedule]:
+    files = {name: folder / name / "config.json" for name in FOLDERS}
+    configs = {
+        name: read_config(weights.read_json(file), name, str(file))
+        for name, file in files.items()
+        if file.is_file()
+    }
+    return configs, _read_schedule(folder)
 
 
-def needed_files(files: Sequence[str], variant: str | None) -> list[str]:
-    """The files of a repository that a pipeline needs: of each component's weights one form."""
-    needed = [f for f in files if f == "model_index.json" or f.startswith("tokenizer/")]
-    needed += [f for f in files if f == "scheduler/scheduler_config.json"]
-    for name in COMPONENTS:
-        own = [f.removeprefix(f"{name}/") for f in files if f.startswith(f"{name}/")]
-        chosen = weights.choose_files(own, variant)
-        needed += [f"{name}/{f}" for f in own if f == "config.json" or f in chosen]
-    return needed
+def _read_schedule(folder: AnyPath) -> Schedule:
+    file = folder / "scheduler" / "scheduler_config.json"
+    return Schedule.from_json(weights.read_json(file), str(file))
+
+
+# --- Writing ---------------------------------------------------------------------------------
+
+
+def save_parts(
+    parts: Parts,
+    folder: str | PurePath,
+    dtype: Any = None,
+    variant: str | None = None,
+    orbax: bool = False,
+) -> None:
+    """Writes a folder that diffusers opens or, with `orbax`, one that jaxsd alone does.
+
+    What stood there under the same names is replaced. The folder appears whole: until the last
+    file is written it has another name. In a bucket, where nothing can be renamed, model_index.json
+    comes last. dtype: float32, float16 or bfloat16, by default each array's own. variant: a part of
+    the files' names, fp16 say.
+    """
+    with moving_into(folder) as partial:
+        for name, component in parts.components.items():
+            net, params = component.net, component.params
+            save_component(partial / name, net, params, dtype, variant, orbax)
+        schedule = parts.schedule.to_json()
+        weights.write_json(partial / "scheduler" / "scheduler_config.json", schedule)
+        for name, tokenizer in parts.tokenizers.items():
+            save_tokenizer(tokenizer, partial / name)
+        weights.write_json(partial / "model_index.json", parts.index)
+
+
+def make_index(configs: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
+    """What model_index.json says of a model with these networks: which of diffusers' classes."""
+    unet = configs["unet"]
+    if "vae" not in configs:
+        name = "DDIMPipeline"
+    else:
+        xl = "XL" if "text_encoder_2" in configs else ""
+        what = {9: "Inpaint", 8: "InstructPix2Pix"}.get(unet.in_channels, "")
+        refiner = "Img2Img" if xl and "text_encoder" not in configs else ""
+        name = f"StableDiffusion{xl}{what or refiner}Pipeline"
+    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": "0.36.0"}
+    index["scheduler"] = ["diffusers", schedule.class_name]
+    for name, config in configs.items():
+        values = config.to_json()
+        library = "diffusers" if "_class_name" in values else "transformers"
+        index[name] = [library, values.get("_class_name") or values["architectures"][0]]
+    for tower, name in zip(("text_encoder", "text_encoder_2"), TOKENIZERS, strict=True):
+        if tower in configs:
+            index[name] = ["transformers", "CLIPTokenizer"]
+    if "text_encoder" not in configs and "text_encoder_2" not in configs:
+        return index
+    absent = {name: [None, None] for name in ("feature_extractor", "image_encoder")}
+    if "text_encoder_2" not in configs:
+        return index | absent | {"safety_checker": [None, None], "requires_safety_checker": False}
+    if "text_encoder" not in configs:
+        absent |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+        absent |= {"requires_aesthetics_score": True}
+    return index | absent | {"force_zeros_for_empty_prompt": "text_encoder" in configs}

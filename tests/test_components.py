@@ -1,67 +1,54 @@
-"""Where a model is found, and which of a repository's files are fetched for it."""
+"""Component folders and whole models, written and read."""
 
-import huggingface_hub
+import dataclasses
+
 import pytest
+import tiny
 
-from jaxsd.components import find, needed_files
-from jaxsd.errors import JaxsdError
-
-# As in the repositories of Stable Diffusion 1.x, which hold everything in several forms.
-FILES = """model_index.json README.md v1-5-pruned.ckpt v1-5-pruned.safetensors
-scheduler/scheduler_config.json tokenizer/vocab.json tokenizer/merges.txt
-text_encoder/config.json text_encoder/model.safetensors text_encoder/model.fp16.safetensors
-text_encoder/pytorch_model.bin
-unet/config.json unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.safetensors
-unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.non_ema.safetensors
-vae/config.json vae/diffusion_pytorch_model.bin vae/diffusion_pytorch_model.fp16.bin
-vae/diffusion_pytorch_model.safetensors.index.json
-vae/diffusion_pytorch_model-00001-of-00002.safetensors
-vae/diffusion_pytorch_model-00002-of-00002.safetensors
-safety_checker/model.safetensors""".split()
-SMALL = {
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "tokenizer/vocab.json",
-    "tokenizer/merges.txt",
-    "text_encoder/config.json",
-    "unet/config.json",
-    "vae/config.json",
-}
-SHARDS = {f for f in FILES if f.startswith("vae/") and ("index" in f or "-of-" in f)}
-
-
-@pytest.mark.parametrize(
-    "variant, text_encoder, unet, vae",
-    [
-        (None, "model", "diffusion_pytorch_model", SHARDS),
-        ("fp16", "model.fp16", "diffusion_pytorch_model.fp16", "diffusion_pytorch_model.fp16.bin"),
-        ("non_ema", "model", "diffusion_pytorch_model.non_ema", SHARDS),
-    ],
+from jaxsd.components import (
+    load_component,
+    make_net,
+    read_config,
+    save_component,
 )
-def test_one_form_of_each_component(variant, text_encoder, unet, vae):
-    expected = {f"text_encoder/{text_encoder}.safetensors", f"unet/{unet}.safetensors"}
-    expected |= {f"vae/{vae}"} if isinstance(vae, str) else vae
-    assert set(needed_files(FILES, variant)) == SMALL | expected
+from jaxsd.errors import JaxsdError
+from jaxsd.models import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTextProjectionConfig,
+    UNet,
+)
+from jaxsd.nn import Net
 
 
-def test_the_hub(tmp_path, monkeypatch):
-    asked = {}
+def test_the_class_of_a_component_is_what_its_config_says(tmp_path):
+    config = dataclasses.asdict(tiny.TEXT)
+    projected = CLIPTextProjectionConfig(**config)
+    for kind, net in (
+        ("text_encoder", Net(CLIPTextModel(tiny.TEXT))),
+        ("text_encoder_2", Net(CLIPTextModelWithProjection(projected))),
+        ("unet", Net(UNet(tiny.PIXEL_UNET))),
+        ("vae", Net(AutoencoderKL(tiny.VAE_CONFIG))),
+    ):
+        params = tiny.parameters(net)
+        save_component(tmp_path / kind, net, params)
+        found = load_component(tmp_path / kind)
+        assert found.net.config == net.config and type(found.net.config) is type(net.config)
+        assert found.params.keys() == params.keys() == make_net(net.config).shapes.keys()
+        # A folder may have any name if one says what it is.
+        assert load_component(tmp_path / kind, kind=kind).net.config == net.config
+    assert (tmp_path / "text_encoder_2" / "model.safetensors").is_file()
 
-    def download(repo, allow_patterns=None, local_files_only=False):
-        asked.update(patterns=allow_patterns, local=local_files_only)
-        if local_files_only and repo != "a/fetched":
-            raise FileNotFoundError("not in the cache")
-        return str(tmp_path)
 
-    def list_files(self, repo):
-        if repo != "a/model":
-            raise ConnectionError("no network\nat all")
-        return FILES
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
-    assert find("a/model", "fp16") == tmp_path
-    assert asked == {"patterns": needed_files(FILES, "fp16"), "local": False}
-    assert find("a/fetched") == tmp_path and asked["local"]
-    with pytest.raises(JaxsdError, match=r"no folder 'a/none' here.*\(no network\)"):
-        find("a/none")
+def test_a_class_that_a_component_cannot_have():
+    for values in ({"_class_name": "VQModel"}, {"architectures": ["T5EncoderModel"]}):
+        name = str(next(iter(values.values()))).strip("[']")
+        with pytest.raises(JaxsdError, match=f"{name}' is not a class that a vae can have"):
+            read_config(values, "vae", "here/config.json")
+    for value in ([1], 3, {}):
+        with pytest.raises(JaxsdError, match="is not a class"):
+            read_config({"_class_name": value}, "unet")
+    # Old files, and those of early transformers, name none.
+    values = {k: v for k, v in tiny.VAE_CONFIG.to_json().items() if k != "_class_name"}
+    assert read_config(values, "vae") == tiny.VAE_CONFIG

@@ -1,5 +1,6 @@
 """A pickle can run any code: ours must run none, and believe nothing."""
 
+import collections
 import io
 import os
 import pickle
@@ -111,6 +112,26 @@ def test_programs_of_other_kinds(tmp_path, program):
     refused(file)
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
+
+
+def test_plain_containers_are_read(tmp_path):
+    """As a training checkpoint holds them beside the tensors."""
+    extras = {"seen": {1, 2}, "frozen": frozenset("a"), "rates": (1e-4, None), "deep": [{"a": [1]}]}
+    extras["counts"] = collections.defaultdict(list, {"a": [1]})
+    for protocol in (2, 3, 4):
+        value = pickle.dumps(extras, protocol)[2:-1]  # without its first and last instruction
+        program = b"\x80\x02}" + text("extras") + value + b"s" + tensor()[3:]
+        data = struct.pack("<4f", 1, 2, 3, 4)
+        file = checkpoint(tmp_path / "a.bin", program, data)
+        assert weights.load(file, {"a": (2, 2)})["a"].tolist() == [[1, 2], [3, 4]]
+
+
+def test_copies_of_copies_are_refused(tmp_path):
+    """A few bytes each, and the memory of a list of a thousand."""
+    thousand = b"](" + b"K\x01" * 1000 + b"eq\x00"
+    copies = b"".join(b"cbuiltins\nlist\nh\x00\x85R" for _ in range(1000))
+    file = checkpoint(tmp_path / "a.bin", b"\x80\x02" + thousand + copies + b".")
+    assert "makes more than it holds" in refused(file)
 
 
 @pytest.mark.parametrize(

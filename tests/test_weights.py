@@ -3,16 +3,21 @@
 import json
 import os
 import struct
+import time
 import tracemalloc
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsd import weights
 from jaxsd.errors import JaxsdError
 from jaxsd.weights import DIFFUSERS_FILE, TRANSFORMERS_FILE
-from jaxsd.weights.tensors import LISTED
+from jaxsd.weights.files import LISTED
 
 SHAPES = {"conv.weight": (4, 3, 2, 2), "conv.bias": (4,), "logit_scale": (), "empty": (0, 3)}
 
@@ -82,6 +87,88 @@ def test_others_may_read_the_file(tmp_path):
     (tmp_path / "plain").touch()
     file = weights.save(params_like(SHAPES), tmp_path)
     assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_placed_as_it_is_read(tmp_path, dtype):
+    params = params_like({"a": (8, 3), "b": (3,)})
+    file = weights.save(params, tmp_path / "a.safetensors")
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = (NamedSharding(mesh, P(*axes)) for axes in (("fsdp",), ()))
+    shapes = {name: value.shape for name, value in params.items()}
+
+    def place(name, shape):
+        return rows if shape[0] % 4 == 0 else whole
+
+    loaded = weights.load(file, shapes, dtype, sharding=place)
+    expected = {name: value.astype(dtype or "float32") for name, value in params.items()}
+    assert loaded["a"].sharding == rows and loaded["b"].sharding == whole
+    assert {piece.data.shape for piece in loaded["a"].addressable_shards} == {(2, 3)}
+    assert_equal(loaded, expected)
+    loaded = weights.load(file, shapes, dtype, sharding=whole)
+    assert all(value.sharding == whole for value in loaded.values())
+    assert_equal(loaded, expected)
+
+
+def test_the_file_may_be_replaced_while_its_arrays_live(tmp_path):
+    shapes = {"a": (64, 64), "b": (3,)}
+    params = params_like(shapes)
+    file = weights.save(params, tmp_path)
+    whole = file.read_bytes()
+    loaded = weights.load(file, shapes)
+    more = jax.jit(lambda params: {n: v + 1 for n, v in params.items()}, donate_argnums=0)
+    changed = more(loaded)
+    assert file.read_bytes() == whole  # donated, and not written to
+    assert_equal(changed, {name: value + 1 for name, value in params.items()})
+    loaded = weights.load(file, shapes)
+    weights.save(changed, tmp_path)
+    assert_equal(loaded, params)
+    assert_equal(weights.load(file, shapes), changed)
+
+
+def test_tensors_that_are_not_aligned_are_copied(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    params = params_like({"a": (1000,), "b": (5,), "c": (7, 11)})
+    for length in range(1, 10):  # of a name, which moves the data
+        name = "x" * length
+        named = params | {name: jnp.ones(3)}
+        safetensors.save_file({n: np.asarray(v) for n, v in named.items()}, tmp_path / "a")
+        shapes = {n: value.shape for n, value in named.items()}
+        assert_equal(weights.load(tmp_path / "a", shapes), named)
+
+
+def unaligned_file(path, shapes):
+    """A file whose tensors lie eight bytes beside where XLA would take them."""
+    header, data, params = {}, b"", params_like(shapes)
+    for name, value in params.items():
+        start, data = len(data), data + np.asarray(value).tobytes()
+        header[name] = {"dtype": "F32", "shape": value.shape, "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    return raw_file(path, text + b" " * (-len(text) % 64), data), params
+
+
+def test_arrays_that_are_still_being_copied_can_be_used_and_given_away(tmp_path):
+    shapes = {name: (1000, 1000 + n) for n, name in enumerate("abcd")}
+    file, params = unaligned_file(tmp_path / "a.safetensors", shapes)
+    more = jax.jit(lambda params: {n: v + 1 for n, v in params.items()}, donate_argnums=0)
+    expected = {name: value + 1 for name, value in params.items()}
+    for _ in range(5):
+        assert_equal(more(weights.load(file, shapes)), expected)
+        for value in weights.load(file, shapes).values():
+            value.delete()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux tells")
+def test_pages_that_were_copied_are_given_back(tmp_path):
+    shapes = {name: (1000, 1000) for name in "abcdefgh"}
+    file, params = unaligned_file(tmp_path / "a.safetensors", shapes)
+    loaded = weights.load(file, shapes)
+    assert_equal(loaded, params)
+    deadline = time.monotonic() + 10
+    while str(file) in Path("/proc/self/maps").read_text():
+        assert time.monotonic() < deadline, "the file is still mapped"
+        jax.device_put(np.ones(3, np.float32))  # jax lets go of what it was given at its next call
+        time.sleep(0.01)
 
 
 # --- What does not fit -----------------------------------------------------------------------
@@ -155,6 +242,13 @@ def test_an_index_that_points_elsewhere(tmp_path, file):
     shards(tmp_path / "unet", {}, index={"a": file})
     message = refused(weights.load, tmp_path / "unet", {"a": (1,)})
     assert "points outside its folder" in message or "no weight_map" in message
+
+
+@pytest.mark.parametrize("index", [{}, [], None, "a.safetensors"])
+def test_an_index_of_nothing(tmp_path, index):
+    value = {"weight_map": index}
+    weights.write_json(tmp_path / "model.safetensors.index.json", value)
+    assert "no weight_map from names to files" in refused(weights.load, tmp_path, {"a": (1,)})
 
 
 def test_a_tensor_in_two_shards(tmp_path):

@@ -8,8 +8,12 @@ import warnings
 COMMANDS = {
     "sample": "make pictures from prompts",
     "train": "train a model",
+    "compare": "hold a model's numbers against PyTorch's, block by block",
     "evaluate": "measure a model of digits against the held-out scans",
+    "info": "what a model or a file of weights is, from headers alone",
+    "convert": "between diffusers folders, single files and Orbax",
 }
+LIGHT = ("info",)  # which compute nothing, and answer before jax would be loaded
 
 
 def main() -> None:
@@ -34,14 +38,21 @@ def run_command(name: str, argv: list[str] | None = None) -> None:
     # transformers, used for its tokenizer alone, would advise at every start to install torch
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        _use_compilation_cache()
+        if name not in LIGHT:
+            _use_compilation_cache()
         with warnings.catch_warnings():
             warnings.simplefilter("always", PromptTruncated)
             warnings.showwarning = _one_line_warning
-            importlib.import_module(f"jaxsd.cli.{name}").main(argv)
+            try:
+                importlib.import_module(f"jaxsd.cli.{name}").main(argv)
+            finally:
+                sys.stdout.flush()  # at Python's own end a broken pipe could not be caught
     except JaxsdError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,15 +9,17 @@ anything else is refused, by the name of what it asks for, which is not even imp
 import collections
 import io
 import math
+import os
 import pickle
 import pickletools
 import struct
 import zipfile
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxsd.errors import JaxsdError
-from jaxsd.weights.entries import Entry
+from jaxsd.weights.entries import ITEMSIZES, Entry
+from jaxsd.weights.files import AnyPath
 
 # torch's classes of storage, as safetensors spells their dtypes.
 STORAGES = {
@@ -32,13 +34,13 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
-ITEMSIZES = dict(zip(STORAGES.values(), (8, 4, 2, 2, 8, 4, 2, 1, 1, 1), strict=True))
 # What torch.save writes (protocols 2 to 4), but for what makes objects of any other class.
 OPCODES = frozenset(
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
     "SHORT_BINSTRING BINSTRING BINUNICODE SHORT_BINUNICODE SHORT_BINBYTES BINBYTES "
     "EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST APPEND APPENDS "
-    "EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET "
+    "EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET "
+    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET "
     "GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID".split()
 )
 MAX_PICKLE = 100_000_000  # bytes; the largest checkpoint's is a thousandth of this
@@ -61,7 +63,7 @@ class Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def read_pickle_header(file: Path) -> dict[str, Entry]:
+def read_pickle_header(stream: Any, file: AnyPath) -> dict[str, Entry]:
     """Every tensor of a checkpoint, by name; those under "state_dict" if there is such a key.
 
     Nothing but the archive's directory and its pickle is read. JaxsdError if the file is damaged,
@@ -69,7 +71,7 @@ def read_pickle_header(file: Path) -> dict[str, Entry]:
     Values that are no tensors (the number of steps trained, say) are left out.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(stream) as archive:
             members = {member.filename: member for member in archive.infolist()}
             pickles = [name for name in members if name.split("/", 1)[-1] == "data.pkl"]
             if len(pickles) != 1:
@@ -79,18 +81,15 @@ def read_pickle_header(file: Path) -> dict[str, Entry]:
             if order is not None and _stored(archive, order, 16) != b"little":
                 raise JaxsdError(f"{file} is not in little-endian byte order; save it anew")
             program = _stored(archive, members[pickles[0]], MAX_PICKLE)
-            tensors = _tensors(_run(program, file))
-            size = file.stat().st_size
-            with open(file, "rb") as stream:
-                places = {
-                    key: _place(stream, members, f"{prefix}data/{key}", size)
-                    for key in {tensor.storage.key for tensor in tensors.values()}
-                }
-        return {name: _entry(name, tensor, places) for name, tensor in tensors.items()}
-    except JaxsdError:
+        tensors = _tensors(_run(program, file))
+        size = stream.seek(0, os.SEEK_END)
+        places = {
+            key: _place(stream, members, f"{prefix}data/{key}", size)
+            for key in {tensor.storage.key for tensor in tensors.values()}
+        }
+        return {name: _entry(file, name, tensor, places) for name, tensor in tensors.items()}
+    except (JaxsdError, OSError):
         raise
-    except OSError as error:
-        raise JaxsdError(f"cannot read {file}: {error.strerror or error}") from error
     except Exception as error:  # zipfile and pickle raise a dozen kinds on damaged bytes
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise JaxsdError(f"{file} is a damaged PyTorch file: {reason}") from None
@@ -108,7 +107,7 @@ def _stored(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> byt
     return archive.read(member)
 
 
-def _place(stream: io.BufferedReader, members: dict, name: str, size: int) -> tuple[int, int]:
+def _place(stream: Any, members: dict, name: str, size: int) -> tuple[int, int]:
     """(offset in the file, bytes) of a member's data."""
     if name not in members:
         raise ValueError(f"it lacks {name}")
@@ -125,7 +124,7 @@ def _place(stream: io.BufferedReader, members: dict, name: str, size: int) -> tu
     return start, member.file_size
 
 
-def _entry(name: str, tensor: Tensor, places: dict[str, tuple[int, int]]) -> Entry:
+def _entry(file: AnyPath, name: str, tensor: Tensor, places: dict[str, tuple[int, int]]) -> Entry:
     storage, itemsize = tensor.storage, ITEMSIZES[tensor.storage.dtype]
     start, held = places[storage.key]
     numbers = (tensor.offset, storage.numel, *tensor.shape, *tensor.strides)
@@ -139,7 +138,7 @@ def _entry(name: str, tensor: Tensor, places: dict[str, tuple[int, int]]) -> Ent
     if count > storage.numel:  # a number repeated by a stride of 0: nothing says how often
         raise ValueError(f"{name}, {list(tensor.shape)}, has more entries than its storage")
     strides = tuple(stride * itemsize for stride in tensor.strides)
-    return Entry(storage.dtype, tensor.shape, start + tensor.offset * itemsize, strides)
+    return Entry(file, storage.dtype, tensor.shape, start + tensor.offset * itemsize, strides)
 
 
 # --- The pickle ------------------------------------------------------------------------------
@@ -155,8 +154,21 @@ def _rebuild_parameter(tensor: Tensor, *_: Any) -> Tensor:
     return tensor
 
 
+def _plain(kind: type) -> Callable[..., Any]:
+    return lambda items=(): kind(items)
+
+
+# What a training checkpoint holds besides tensors: plain containers, and names of dtypes.
 GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): lambda *_: {},  # its factory is not asked
+    ("torch", "Size"): _plain(tuple),
+    **{
+        (module, kind.__name__): _plain(kind)
+        for module in ("builtins", "__builtin__")
+        for kind in (dict, list, set, frozenset)
+    },
+    **{("torch", name): name for name in ("float32", "float16", "bfloat16", "float64", "int64")},
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
@@ -173,6 +185,20 @@ class _Unpickler(_Python):
         for opcode in pickletools.opcodes
         if opcode.name in OPCODES
     }
+
+    def __init__(self, program: bytes):
+        super().__init__(io.BytesIO(program))
+        self._left = len(program)
+
+    def load_reduce(self) -> None:
+        """A container made of another is a copy, for which a file must pay in bytes of its own."""
+        arguments = self.stack[-1]
+        self._left -= sum(len(item) for item in arguments if hasattr(item, "__len__"))
+        if self._left < 0:
+            raise ValueError("its pickle makes more than it holds")
+        super().load_reduce()
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
 
     def load_build(self) -> None:
         """Attributes of a container, such as a state dict's _metadata, are dropped."""
@@ -198,7 +224,7 @@ class _Refused(Exception):
     """A global that is not on the list."""
 
 
-def _run(program: bytes, file: Path) -> Any:
+def _run(program: bytes, file: AnyPath) -> Any:
     """What the pickle describes, of Tensors and plain containers."""
     asked = [
         tuple(str(argument).split(" ", 1))
@@ -208,7 +234,7 @@ def _run(program: bytes, file: Path) -> Any:
     try:
         if alien := sorted({".".join(name) for name in asked if name not in GLOBALS}):
             raise _Refused(", ".join(alien))  # all of them, before any step is taken
-        return _Unpickler(io.BytesIO(program)).load()
+        return _Unpickler(program).load()
     except _Refused as error:
         raise JaxsdError(
             f"{file} asks for {error}, which is no tensor: refused, because a pickle can run any "
@@ -224,6 +250,9 @@ def _tensors(value: Any) -> dict[str, Tensor]:
         value = value["state_dict"]
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not a state dict")
+    if isinstance(value.get("string_to_param"), dict):  # A1111's embedding of a new word
+        (vectors,) = value["string_to_param"].values()
+        value = {value.get("name") or "*": vectors}
     tensors = {name: item for name, item in value.items() if isinstance(item, Tensor)}
     if not all(isinstance(name, str) for name in tensors):
         raise ValueError("a tensor without a name")

@@ -1,0 +1,84 @@
+"""From one form of a model to another: diffusers folder, single file, Orbax.
+
+convert("v1-5-pruned.ckpt", "sd15/", tokenizer="openai/clip-vit-large-patch14")
+convert("sd15/", "sd15.safetensors", dtype="float16")
+convert("sd15/", "sd15-orbax/", orbax=True)
+
+Every target appears whole or not at all. Arrays keep their bits unless a dtype is asked for.
+"""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from jaxsd.components import Component, load_parts, save_parts
+from jaxsd.errors import JaxsdError
+from jaxsd.weights import ldm, single
+from jaxsd.weights.files import as_path, reading
+from jaxsd.weights.tensors import as_dtype, write
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+
+
+def convert(
+    source: str | PurePath,
+    target: str | PurePath,
+    *,
+    dtype: Any = None,
+    target_variant: str | None = None,
+    orbax: bool = False,
+    **how: Any,
+) -> None:
+    """Reads a model from wherever it is and writes it in the form that the target's name tells.
+
+    target: a path that ends in .safetensors becomes a single file under CompVis' names, without
+    vocabulary and schedule, for which it has no place; any other a diffusers folder, with `orbax`
+    one whose weights are Orbax checkpoints. dtype: float32, float16 or bfloat16.
+    target_variant: a part of the names of the files written into a folder, fp16 say. how: what
+    `load_parts` takes.
+
+    JaxsdError if the target exists, or cannot hold the model.
+    """
+    path = as_path(target)
+    to_file = path.suffix == ".safetensors"
+    if path.suffix in PICKLES:
+        raise JaxsdError(f"cannot write {path}: pickles are only read; name it .safetensors")
+    if to_file and (orbax or target_variant):
+        kind = "an Orbax model" if orbax else "what has variants"
+        raise JaxsdError(f"cannot write {path}: {kind} is a folder, not one file")
+    with reading(path):
+        if path.exists() and (to_file or not path.is_dir() or any(path.iterdir())):
+            raise JaxsdError(f"cannot write {path}: it is there already")
+    parts = load_parts(source, **how)
+    if to_file:
+        save_single(parts.components, path, dtype)
+    else:
+        save_parts(parts, path, dtype, target_variant, orbax)
+
+
+def save_single(
+    components: Mapping[str, Component], file: str | PurePath, dtype: Any = None
+) -> None:
+    """Writes a single-file checkpoint; JaxsdError if a network has no names or place in one."""
+    wanted = None if dtype is None else as_dtype(dtype)
+    tower = components.get("text_encoder")
+    open_clip = tower is not None and tower.net.config.hidden_act == "gelu"
+    kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    places: dict[str, tuple[Component, list[str]]] = {}
+    for part in single.parts_to_write(components, open_clip):
+        component = components[part.component]
+        for other, (shape, names) in single.layout(part, component.net.shapes).items():
+            held = {np.dtype(component.params[name].dtype) for name in names}
+            if wanted is None and len(held) > 1:
+                raise JaxsdError(f"{', '.join(names)} become one tensor: pass a dtype for them")
+            kinds[other] = (wanted or held.pop(), shape)
+            places[other] = component, names
+
+    def array(other: str) -> np.ndarray:
+        component, names = places[other]
+        kept = {name: np.asarray(component.params[name], wanted) for name in names}
+        return ldm.stored(other, kept)
+
+    write(as_path(file), kinds, array)

@@ -1,9 +1,110 @@
-"""Small things done with arrays of pixels."""
+"""Pictures in and out: files and PIL images to arrays, and small things done with pixels."""
 
 import math
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
+
+from jaxsd.errors import JaxsdError
+
+Picture = str | Path | Image.Image | np.ndarray
+Pictures = Picture | Sequence[Picture]  # one for all images, or one for each
+MAX_PIXELS = 100_000_000  # of a picture that is read; a few bytes can promise billions
+
+
+def read(picture: Picture) -> Image.Image:
+    """A picture as people see it: RGB, turned as its EXIF says, what is transparent on white.
+
+    picture: a file, a PIL image, or uint8 [h, w], [h, w, 1] or [h, w, 3]. JaxsdError if it cannot
+    be read or has more than a hundred million pixels.
+    """
+    if isinstance(picture, np.ndarray):
+        return _from_array(picture)
+    try:
+        if isinstance(picture, Image.Image):
+            return _as_seen(picture)
+        # Pillow remarks on what is odd in a file, and reads it all the same.
+        with warnings.catch_warnings(), open(picture, "rb") as stream:
+            warnings.simplefilter("ignore")
+            with Image.open(stream) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise ValueError(
+                        f"{opened.width}x{opened.height} pixels; a hundred million are the most"
+                    )
+                return _as_seen(opened)
+    except Exception as error:  # a dozen kinds, from as many decoders
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise JaxsdError(f"cannot read the picture {picture}: {reason}") from None
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if "A" in image.getbands() or "transparency" in image.info:
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits: of 16, or between 0 and 1 if they are fractions."""
+    top = 1.0 if values.dtype.kind == "f" and values.max(initial=0) <= 1 else 65535.0
+    return np.clip(values / top * 255, 0, 255).astype(np.uint8)
+
+
+def _from_array(picture: np.ndarray) -> Image.Image:
+    grey = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[-1] == 1)
+    if picture.dtype != np.uint8 or not (grey or (picture.ndim == 3 and picture.shape[-1] == 3)):
+        raise JaxsdError(
+            f"an array of pixels is uint8 [h, w], [h, w, 1] or [h, w, 3], not {picture.dtype} "
+            f"{list(picture.shape)}"
+        )
+    return Image.fromarray(picture.squeeze(-1) if picture.ndim == 3 and grey else picture).convert(
+        "RGB"
+    )
+
+
+def to_model(picture: Picture, height: int, width: int, channels: int = 3) -> np.ndarray:
+    """float32 [height, width, 3 or 1] in [-1, 1], resized as diffusers does (Lanczos)."""
+    image = read(picture).convert("L" if channels == 1 else "RGB")
+    resized = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32)
+    return resized.reshape(height, width, channels) / np.float32(127.5) - 1
+
+
+def to_mask(picture: Picture, height: int, width: int) -> np.ndarray:
+    """float32 [height, width, 1]: 1 where the picture is light (to be painted anew), else 0."""
+    grey = read(picture).convert("L").resize((width, height), Image.Resampling.LANCZOS)
+    return (np.asarray(grey, np.float32)[:, :, None] >= 127.5).astype(np.float32)
+
+
+def one_or_each(pictures: Pictures, count: int) -> list[Picture]:
+    """One picture for all of `count` images, or one for each; JaxsdError for another number."""
+    one = isinstance(pictures, (str, Path, Image.Image, np.ndarray))
+    several = [pictures] if one else list(pictures)
+    if len(several) not in (1, count):
+        raise JaxsdError(f"{len(several)} pictures for {count} seeds: give one, or one for each")
+    return several
+
+
+def fitting_size(
+    picture: Picture, area: int, unit: int, height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """(height, width) of the picture's shape and about this area, multiples of `unit`.
+
+    If one of them is given, it is kept and the other follows from the picture's shape.
+    """
+    own_width, own_height = read(picture).size
+    scale = math.sqrt(area / (own_width * own_height))
+    if height is not None:
+        scale = height / own_height
+    elif width is not None:
+        scale = width / own_width
+    sides = [max(unit, round(side * scale / unit) * unit) for side in (own_height, own_width)]
+    return sides[0] if height is None else height, sides[1] if width is None else width
 
 
 def tile(pictures: np.ndarray | Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:

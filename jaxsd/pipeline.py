@@ -2,14 +2,11 @@
 
 pipe = jaxsd.load("digits")
 images = pipe(["a red seven on a white background"], seeds=[0], steps=30)
-
-Each of `encode`, `noise`, `denoise` and `decode` is one compiled program for a given model, shape
-and sampler; prompts, seeds, guidance scale and the number of steps go in as values.
 """
 
-import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -17,326 +14,199 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxsd import weights
-from jaxsd.components import COMPONENTS, Component, find, load_component, save_component
-from jaxsd.diffusion import samplers
-from jaxsd.diffusion.denoise import Conditioning, guided
-from jaxsd.diffusion.schedule import Schedule
+from jaxsd import pictures, tasks
+from jaxsd.components import Parts, load_component, load_parts, make_index, save_parts
+from jaxsd.conditioning import Sizes
 from jaxsd.errors import JaxsdError
-from jaxsd.families import latent_shape
-from jaxsd.nn import Net, Params
-from jaxsd.tokenizer import Tokenizer
+from jaxsd.families import size_unit
+from jaxsd.hub import find
+from jaxsd.networks import Callback, Networks
+from jaxsd.pictures import Picture, Pictures
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-Callback = Callable[[int, float, jax.Array], None]
+# The options of a request that concern a refiner, too.
+HANDED_OVER = ("sampler", "eta", "guidance_rescale", "chunks", "sizes", "callback")
 
 
-class Pipeline:
+class Pipeline(Networks):
     """A model that makes pictures from prompts (latent) or from class names (pixel space)."""
-
-    def __init__(
-        self,
-        unet: Component,
-        schedule: Schedule,
-        vae: Component | None = None,
-        text_encoder: Component | None = None,
-        tokenizer: Tokenizer | None = None,
-    ):
-        if unet.net.config.text_conditional and (text_encoder is None or tokenizer is None):
-            raise JaxsdError("a text-conditional UNet needs a text encoder and a tokenizer")
-        self.schedule, self.tokenizer = schedule, tokenizer
-        self.components = {"unet": unet}
-        self.components |= {"vae": vae} if vae else {}
-        self.components |= {"text_encoder": text_encoder} if text_encoder else {}
-        self._compiled_encode = jax.jit(self._encode, static_argnames="clip_skip")
-        self._compiled_noise = jax.jit(self._noise, static_argnames="shape")
-        self._compiled_denoise = jax.jit(self._denoise, static_argnames="sampler")
-        self._compiled_decode = jax.jit(self._decode)
-
-    # --- What it is made of ---
-
-    @property
-    def unet(self) -> Net:
-        return self.components["unet"].net
-
-    @property
-    def vae(self) -> Net | None:
-        return self.components["vae"].net if "vae" in self.components else None
-
-    @property
-    def params(self) -> dict[str, Params]:
-        """The weights of each component."""
-        return {name: component.params for name, component in self.components.items()}
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width of the pictures that the model was trained on."""
-        side = self.unet.config.sample_size * (self.vae.config.downscale if self.vae else 1)
-        return side, side
-
-    @property
-    def default_sampler(self) -> str:
-        return samplers.DEFAULT_SAMPLER.get(self.schedule.class_name, "ddim")
-
-    # --- Prompts to pictures ---
 
     def __call__(
         self,
         prompts: str | Sequence[str],
         seeds: int | Sequence[int] = 0,
         steps: int = 30,
-        guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] = "",
+        guidance_scale: float | Sequence[float] = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        refiner: "Pipeline | None" = None,
+        refiner_start: float = 0.8,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """PIL images, one for each seed: `sample`, which tells the other options, and `decode`.
+
+        refiner: a second model (Stable Diffusion XL's refiner) that takes the latents over at the
+        share `refiner_start` of the schedule. It hears of prompts, guidance and sizes, not of
+        ControlNets, LoRAs, or a picture to start from; a mask holds in both.
+        """
+        request = dict(
+            prompts=prompts,
+            seeds=seeds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
+        if refiner is None:
+            return self.decode(self.sample(**request, **options))
+        kept = {name: options[name] for name in HANDED_OVER if name in options}
+        if options.get("mask") is not None:
+            kept |= {"image": options["image"], "mask": options["mask"]}
+        name = options.get("sampler") or refiner.default_sampler
+        refiner.plan_steps(name, steps, denoising_start=refiner_start)  # refused before any work
+        half = self.sample(**request, **options, denoising_end=refiner_start)
+        latents = refiner.sample(**request, **kept, latents=half, denoising_start=refiner_start)
+        return refiner.decode(latents)
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        steps: int = 30,
+        guidance_scale: float | Sequence[float] = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
         *,
         sampler: str | None = None,
         eta: float = 0.0,
         guidance_rescale: float = 0.0,
         clip_skip: int = 0,
+        chunks: int | None = 1,
         height: int | None = None,
         width: int | None = None,
+        image: Pictures | None = None,
+        strength: float | None = None,
+        mask: Pictures | None = None,
+        image_guidance_scale: float = 1.5,
+        control_images: Pictures | Sequence[Pictures] = (),
+        control_scales: float | Sequence[float] = 1.0,
+        latents: jax.Array | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        sizes: Sizes | None = None,
         callback: Callback | None = None,
-    ) -> list[Image.Image]:
-        """PIL images, one for each seed.
+    ) -> jax.Array:
+        """Clean latents [n, h, w, c], one for each seed.
 
-        prompts: one for all seeds, or one for each. A pixel model takes the names of its classes
-        ("7" or "seven"). guidance_scale: 1 follows the prompt as trained, more follows it harder.
-        callback(i, t, latents) sees the latents [b, h, w, c] after step i, which began at time t.
+        prompts: one for all seeds, or one for each; "(word:1.3)" weighs a word. A pixel model takes
+        the names of its classes ("7" or "seven"). chunks: how many times the text tower's length is
+        read of each prompt; what is longer is cut with a warning. None: as often as the longest
+        prompt of the call needs. guidance_scale: one, or one for each image; 1 follows the prompt
+        as trained (at half the cost), more follows it harder.
+
+        image: what to start from, or what an InstructPix2Pix model edits. strength: how far to
+        leave it, in (0, 1], by default .8, or 1 with a mask. mask: light where the picture is to be
+        painted anew. image_guidance_scale: how closely InstructPix2Pix follows the picture.
+        control_images, control_scales: one for each ControlNet. Pictures, like prompts, are one for
+        all seeds or one for each.
+
+        latents, denoising_start, denoising_end: a refiner takes another model's latents over, at
+        the share of the schedule where that one ended. sizes: what Stable Diffusion XL is told.
+        callback(i, t, latents) sees the latents after step i, which began at time t.
+
         Each image depends on its own seed, not on its neighbours. JaxsdError for arguments that
         cannot be.
         """
-        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-        prompts, negative = (
-            _one_each(text, len(seeds), name)
-            for text, name in ((prompts, "prompts"), (negative_prompt, "negative prompts"))
+        seeds = [int(seeds)] if np.ndim(seeds) == 0 else list(seeds)  # pyright: ignore
+        count, name = len(seeds), sampler or self.default_sampler
+        texts = _one_each(prompts, count, "prompts")
+        negative = _one_each(negative_prompt, count, "negative prompts")
+        control = self._control(control_images, count)
+        given = tasks.Given(image, mask, strength, control, taken_over=latents is not None)
+        size = self._size(height, width, image, control, latents)
+        # First what can be refused at once
+        noise = self.noise(seeds, *size)
+        tasks.check(self, given)
+        self.plan_steps(name, steps, given.share, denoising_start, denoising_end)
+        if latents is not None and latents.shape != noise.shape:
+            raise JaxsdError(f"latents are {list(latents.shape)}, not {list(noise.shape)}")
+        if self.guidance_embedded and any(negative):
+            raise JaxsdError(
+                "this model was distilled with its guidance and has no unconditional half: a "
+                "negative prompt can do nothing"
+            )
+        chunks = self.chunks([*texts, *negative]) if chunks is None else chunks
+        plan = tasks.plan(
+            self,
+            self.encode(texts, clip_skip, chunks, self.size_ids(size, sizes)),
+            # Its text is read to the last layer, as in diffusers
+            self.encode(negative, 0, chunks, self.size_ids(size, sizes, negative=True)),
+            dataclasses.replace(given, noise=noise),
+            count,
+            size,
         )
-        noise = self.noise(seeds, height, width)  # first what can be refused at once
-        samplers.make_steps(self.schedule, sampler or self.default_sampler, steps)
-        cond = self.encode(prompts, clip_skip=clip_skip)
-        uncond = self.encode(negative)  # to the last layer, as in diffusers
-        latents = self.denoise(
-            noise,
-            cond,
-            uncond,
+        return self.denoise(
+            noise if latents is None else latents,
+            plan.cond,
+            plan.uncond,
+            image_cond=plan.image_cond,
+            start=plan.start,
             steps=steps,
             guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
             guidance_rescale=guidance_rescale,
-            sampler=sampler,
+            control_scales=control_scales,
+            sampler=name,
             eta=eta,
             seeds=seeds,
+            denoising_start=denoising_start,
+            denoising_end=denoising_end,
             callback=callback,
         )
-        return self.decode(latents)
 
-    def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditioning:
-        """What the UNet is told: text states [n, 77, d], or one-hot classes [n, k].
+    def _control(self, given: Any, count: int) -> list[Pictures]:
+        """A picture, or one for each image, for every ControlNet."""
+        if isinstance(given, Picture):
+            return [given]
+        several = list(given)
+        return [several] if len(self.controlnets) == 1 and len(several) == count > 1 else several
 
-        The empty prompt is the unconditional one. A prompt too long for the text tower is cut, with
-        a `PromptTruncated` warning.
-        """
-        if self.tokenizer is None:
-            return {"class_labels": self._one_hot(prompts)}
-        layers = self.components["text_encoder"].net.config.num_hidden_layers
-        if not 0 <= clip_skip < layers:
-            raise JaxsdError(f"clip_skip must be from 0 to {layers - 1}, not {clip_skip}")
-        length = self.components["text_encoder"].net.config.max_position_embeddings
-        unique = list(dict.fromkeys(prompts))  # each is warned about once
-        ids = self.tokenizer(unique, length)[[unique.index(prompt) for prompt in prompts]]
-        states = self._compiled_encode(self.params["text_encoder"], ids, clip_skip=clip_skip)
-        return {"encoder_hidden_states": states}
-
-    def noise(
-        self, seeds: Sequence[int], height: int | None = None, width: int | None = None
-    ) -> jax.Array:
-        """N(0, 1) latents [n, h, w, c]; row i depends on seeds[i] and on nothing else."""
+    def _size(
+        self,
+        height: int | None,
+        width: int | None,
+        image: Pictures | None,
+        control: Sequence[Pictures],
+        latents: jax.Array | None,
+    ) -> tuple[int, int]:
+        """(height, width): as asked for; else of the picture's shape and the model's area."""
+        if latents is not None and height is None and width is None:
+            return latents.shape[1] * self._downscale, latents.shape[2] * self._downscale
         default = self.default_size
-        downscale = self.vae.config.downscale if self.vae else 1
-        shape = latent_shape(
-            self.unet.config,
-            downscale,
-            default[0] if height is None else height,
-            default[1] if width is None else width,
-        )
-        return self._compiled_noise(_keys(seeds), shape=shape)
-
-    def denoise(
-        self,
-        latents: jax.Array,
-        cond: Conditioning,
-        uncond: Conditioning | None,
-        *,
-        steps: int = 30,
-        guidance_scale: float = 7.5,
-        guidance_rescale: float = 0.0,
-        sampler: str | None = None,
-        eta: float = 0.0,
-        seeds: Sequence[int] | None = None,
-        callback: Callback | None = None,
-    ) -> jax.Array:
-        """Runs the sampler from N(0, 1) `latents` [n, h, w, c] to clean ones.
-
-        Without `uncond` there is no guidance, and half the work. `seeds` (default 0 ... n-1) feed
-        the noise that ddpm, and ddim with eta > 0, add on the way. See `__call__` for the rest.
-        """
-        name = sampler or self.default_sampler
-        chosen = samplers.get_sampler(name)
-        if not 0 <= eta <= 1:
-            raise JaxsdError(f"eta must be from 0 to 1, not {eta}")
-        grid = samplers.make_steps(self.schedule, name, steps)
-        keys = _keys(range(len(latents)) if seeds is None else seeds)
-        x = latents * grid.init_scale
-        history = tuple(jnp.zeros_like(x) for _ in range(chosen.remembers))
-
-        def advance(x, history, start, stop):
-            return self._compiled_denoise(
-                self.params["unet"],
-                x,
-                history,
-                cond,
-                uncond,
-                keys,
-                grid,
-                np.int32(start),
-                np.int32(stop),
-                np.float32(guidance_scale),
-                np.float32(guidance_rescale),
-                np.float32(eta),
-                sampler=name,
-            )
-
-        if callback is None:
-            return advance(x, history, 0, steps)[0]
-        for i in range(steps):  # the same program, a step at a time
-            x, history = advance(x, history, i, i + 1)
-            callback(i, float(grid.t[i]), x)
-        return x
-
-    def decode(self, latents: jax.Array) -> list[Image.Image]:
-        """PIL images from latents (from pixels in [-1, 1], for a pixel model)."""
-        return [_to_pil(picture) for picture in self.decode_array(latents)]
-
-    def decode_array(self, latents: jax.Array) -> np.ndarray:
-        """As `decode`, but a uint8 array [n, h, w, c]."""
-        params = self.params["vae"] if self.vae else {}
-        return np.asarray(self._compiled_decode(params, latents))
-
-    # --- The compiled parts ---
-
-    def _encode(self, params: Params, ids: jax.Array, clip_skip: int) -> jax.Array:
-        return self.components["text_encoder"].net(params, ids, clip_skip=clip_skip)
-
-    def _noise(self, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return samplers.initial_noise(keys, shape)
-
-    def _denoise(
-        self,
-        params: Params,
-        x: jax.Array,
-        history: tuple[jax.Array, ...],
-        cond: Conditioning,
-        uncond: Conditioning | None,
-        keys: jax.Array,
-        grid: samplers.Steps,
-        start: jax.Array,
-        stop: jax.Array,
-        guidance_scale: jax.Array,
-        guidance_rescale: jax.Array,
-        eta: jax.Array,
-        sampler: str,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        dtype = params["conv_in.weight"].dtype
-
-        def network(x, t, **conditioning):
-            conditioning = jax.tree.map(lambda c: c.astype(dtype), conditioning)
-            return self.unet(params, x.astype(dtype), t, **conditioning).astype(jnp.float32)
-
-        denoise = guided(network, cond, uncond, guidance_scale, guidance_rescale)
-        return samplers.run(
-            samplers.SAMPLERS[sampler],
-            self.schedule,
-            denoise,
-            x,
-            history,
-            keys,
-            grid,
-            start,
-            stop,
-            eta,
-        )
-
-    def _decode(self, params: Params, latents: jax.Array) -> jax.Array:
-        if self.vae is not None:
-            latents = latents / self.vae.config.scaling_factor
-            latents = latents.astype(params["decoder.conv_in.weight"].dtype)
-            latents = self.vae(params, latents, method="decode").astype(jnp.float32)
-        return jnp.round(jnp.clip(latents / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-    def _one_hot(self, names: Sequence[str]) -> jax.Array:
-        count = self.unet.config.projection_class_embeddings_input_dim or 0
-        rows = np.zeros((len(names), count), np.float32)
-        for row, name in zip(rows, names, strict=True):
-            word = name.strip().lower()
-            label = DIGITS.index(word) if word in DIGITS else word
-            if label == "":
-                continue  # no class: all zeros
-            if not str(label).isdecimal() or int(label) >= count:
-                raise JaxsdError(f"no class {name!r}: this model knows 0 to {count - 1}")
-            row[int(label)] = 1
-        return jnp.asarray(rows)
+        shown = next(iter(control), None) if image is None else image
+        if shown is None or (height is not None and width is not None):
+            return default[0] if height is None else height, default[1] if width is None else width
+        first = shown if isinstance(shown, Picture) else next(iter(shown), None)
+        if first is None:
+            raise JaxsdError("no pictures were given: leave the argument out")
+        unit = size_unit(self.unet.config, self._downscale)
+        area = default[0] * default[1]
+        return pictures.fitting_size(first, area, unit, height, width)
 
     # --- Files ---
 
-    def save(self, folder: str | Path, dtype: Any = None) -> None:
+    def save(self, folder: str | PurePath, dtype: Any = None) -> None:
         """Writes a folder that diffusers opens; what stood there under the same names is replaced.
 
-        The folder appears whole: until the last file is written it has another name.
+        LoRAs are not part of it, unless they were merged. The folder appears whole: until the last
+        file is written it has another name.
         """
-        folder = Path(folder).absolute()  # "." has no name that another could be made of
-        partial = folder.with_name(f".{folder.name}.partial")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            for name, component in self.components.items():
-                save_component(partial / name, component.net, component.params, dtype)
-            schedule = self.schedule.to_json()
-            weights.write_json(partial / "scheduler" / "scheduler_config.json", schedule)
-            if self.tokenizer is not None:
-                self.tokenizer.save(partial / "tokenizer")
-            weights.write_json(partial / "model_index.json", self._index())
-            _move_into(partial, folder)
-        except OSError as error:
-            raise JaxsdError(f"cannot write {folder}: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def _index(self) -> dict[str, Any]:
-        index: dict[str, Any] = {"_class_name": "DDIMPipeline", "_diffusers_version": "0.36.0"}
-        index |= {
-            "scheduler": ["diffusers", self.schedule.class_name],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-        }
-        if self.tokenizer is not None:
-            index |= {
-                "_class_name": "StableDiffusionPipeline",
-                "feature_extractor": [None, None],
-                "image_encoder": [None, None],
-                "requires_safety_checker": False,
-                "safety_checker": [None, None],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "vae": ["diffusers", "AutoencoderKL"],
-            }
-        return index
+        configs = {name: component.net.config for name, component in self.components.items()}
+        index = make_index(configs, self.schedule)
+        if "force_zeros_for_empty_prompt" in index:
+            index["force_zeros_for_empty_prompt"] = self.zero_empty_prompt
+        save_parts(Parts(self.components, self.schedule, self.tokenizers, index), folder, dtype)
 
 
-def _keys(seeds: Sequence[int]) -> jax.Array:
-    if not len(seeds):
-        raise JaxsdError("give at least one seed: there is an image for each")
-    if any(not 0 <= seed < 2**32 for seed in seeds):
-        raise JaxsdError("seeds must be from 0 to 4294967295")
-    return jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds, np.uint32)))
-
-
-def _one_each(text: str | Sequence[str], count: int, name: str) -> list[str]:
-    texts = [text] * count if isinstance(text, str) else list(text)
+def _one_each(text: str | Sequence[str] | None, count: int, name: str) -> list[Any]:
+    texts = [text] * count if text is None or isinstance(text, str) else list(text)
     if len(texts) == 1:
         texts = texts * count
     if len(texts) != count:
@@ -344,48 +214,29 @@ def _one_each(text: str | Sequence[str], count: int, name: str) -> list[str]:
     return texts
 
 
-def _to_pil(picture: np.ndarray) -> Image.Image:
-    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-
-
-def _move_into(source: Path, target: Path) -> None:
-    """Puts what stands in `source` into `target`, file by file if the folder is there already."""
-    if not target.exists():
-        source.rename(target)
-        return
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(place)
-
-
-def load(model: str | Path, dtype: Any = jnp.float32, variant: str | None = None) -> Pipeline:
-    """Opens a model: the name of one that ships, a diffusers folder, or a Hub id ("owner/name").
+def load(
+    model: str | PurePath,
+    dtype: Any = jnp.float32,
+    variant: str | None = None,
+    *,
+    controlnets: Sequence[str | PurePath] = (),
+    **options: Any,
+) -> Pipeline:
+    """Opens a model: one that ships, a diffusers folder, a single file, or a Hub id ("owner/name").
 
     dtype: of the weights and of the computation; None keeps each file's own. variant: "fp16", say:
-    which of several files to read, in the components that have it. JaxsdError says what is missing
-    or wrong.
+    which of several files to read, in the components that have it. controlnets: folders or Hub ids.
+    options: `family`, `config`, `tokenizer`, `use_ema` and `sharding`, as `components.load_parts`
+    tells. JaxsdError says what is missing or wrong.
     """
-    folder = find(model, variant)
-    index = weights.read_json(folder / "model_index.json")
-    missing = [
-        name
-        for name, value in index.items()
-        if isinstance(value, list)
-        and value[0] is not None
-        and name in (*COMPONENTS, "scheduler", "tokenizer")
-        and not (folder / name).is_dir()
-    ]
-    if missing:
-        raise JaxsdError(f"{folder} lacks {', '.join(f'{name}/' for name in missing)}")
-    if "unet" not in index:
-        raise JaxsdError(f"{folder}/model_index.json names no unet: not a model that jaxsd knows")
-    schedule_file = folder / "scheduler" / "scheduler_config.json"
-    parts = {
-        name: load_component(folder / name, dtype, variant) for name in COMPONENTS if name in index
-    }
+    parts = load_parts(model, dtype, variant, **options)
+    folders = [find(name, variant) for name in controlnets]
+    nets = [load_component(folder, dtype, variant, kind="controlnet") for folder in folders]
+    everything: dict[str, Any] = {**parts.components, **parts.tokenizers}
+    xl = str(parts.index.get("_class_name")).startswith("StableDiffusionXL")
     return Pipeline(
-        schedule=Schedule.from_json(weights.read_json(schedule_file), str(schedule_file)),
-        tokenizer=Tokenizer(folder / "tokenizer") if "tokenizer" in index else None,
-        **parts,
+        schedule=parts.schedule,
+        controlnets=nets,
+        zero_empty_prompt=bool(parts.index.get("force_zeros_for_empty_prompt", xl)),
+        **everything,
     )

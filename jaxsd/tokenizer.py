@@ -1,5 +1,6 @@
 """CLIP's byte-pair tokenizer: prompts to ids, and a small one trained on a corpus of captions."""
 
+import copy
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxsd.errors import JaxsdError
+from jaxsd.prompts import parse_weights
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -27,7 +29,7 @@ class Tokenizer:
         # Imported here: transformers takes a second, and pixel models need no tokenizer.
         from transformers import CLIPTokenizer
 
-        self.folder = Path(folder)
+        self.folder, self._origin = Path(folder), None
         names = {path.name for path in self.folder.glob("*")}
         if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):
             raise JaxsdError(f"{self.folder}: needs vocab.json and merges.txt, or tokenizer.json")
@@ -52,28 +54,97 @@ class Tokenizer:
 
         A longer prompt is cut to `length` with a `PromptTruncated` warning.
         """
-        rows = []
-        for prompt in prompts:
-            ids = self._tokenizer(prompt, verbose=False)["input_ids"]
-            if len(ids) > length:
-                cut = self._tokenizer.decode(ids[length - 1 : -1])
-                warnings.warn(
-                    f"the prompt has {len(ids)} tokens, of which the model reads {length}; "
-                    f"this was cut: {cut!r}",
-                    PromptTruncated,
-                    stacklevel=2,
-                )
-                ids = [*ids[: length - 1], self._tokenizer.eos_token_id]
-            rows.append(ids + [self._tokenizer.pad_token_id] * (length - len(ids)))
+        rows = [self._rows(self.ids(prompt), length, 1)[0] for prompt in prompts]
         return np.asarray(rows, np.int32).reshape(len(rows), length)
+
+    def weighted(
+        self, prompts: Sequence[str], length: int = 77, chunks: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, int32, and their weights, float32, [n, chunks, length] both.
+
+        Weights are read from the prompts (`jaxsd.prompts`). A prompt goes on from one chunk into
+        the next; one that is too long for all of them is cut with a `PromptTruncated` warning.
+        """
+        ids = np.empty((len(prompts), chunks, length), np.int32)
+        weights = np.ones((len(prompts), chunks, length), np.float32)
+        room = length - 2  # beside start and end
+        for row, weight_row, prompt in zip(ids, weights, prompts, strict=True):
+            pieces = [(self.ids(text), weight) for text, weight in parse_weights(prompt)]
+            row[:] = self._rows([i for piece, _ in pieces for i in piece], length, chunks)
+            weighted = [w for piece, w in pieces for _ in piece][: chunks * room]
+            inner = np.ones(chunks * room, np.float32)
+            inner[: len(weighted)] = weighted
+            weight_row[:, 1:-1] = inner.reshape(chunks, room)
+        return ids, weights
+
+    def chunks(self, prompts: Sequence[str], length: int = 77) -> int:
+        """How many chunks of `length` the longest of the prompts takes."""
+        counts = [
+            sum(len(self.ids(text)) for text, _ in parse_weights(prompt)) for prompt in prompts
+        ]
+        return max(1, *(-(-count // (length - 2)) for count in counts)) if counts else 1
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text's tokens, without start and end."""
+        return self._tokenizer(self._expanded(text), verbose=False)["input_ids"][1:-1]
+
+    def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """A tokenizer that also knows these words, whose ids follow those of all others.
+
+        Of <cat>, <cat>_1, <cat>_2, ... the first alone in a prompt stands for all of them, as in
+        diffusers. JaxsdError if one of the words is a token already.
+        """
+        vocabulary = self._tokenizer.get_vocab()
+        if known := [token for token in (*tokens, f"{tokens[0]}_1") if token in vocabulary]:
+            raise JaxsdError(f"{known[0]!r} is a token already: choose another")
+        other = copy.copy(self)
+        other._origin = self  # whose folder may be a temporary one
+        other._tokenizer = copy.deepcopy(self._tokenizer)
+        other._tokenizer.add_tokens(list(tokens))
+        return other
+
+    def _expanded(self, text: str) -> str:
+        """The text with all the tokens of each word that has several."""
+        added = self._tokenizer.added_tokens_encoder
+        if not any(f"{token}_1" in added for token in added):
+            return text
+        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        for token in dict.fromkeys(self._tokenizer.convert_ids_to_tokens(ids)):
+            if token in added and f"{token}_1" in added:
+                count = next(i for i in range(1, len(added) + 1) if f"{token}_{i}" not in added)
+                several = (token, *(f"{token}_{i}" for i in range(1, count)))
+                text = text.replace(token, " ".join(several))
+        return text
+
+    def _rows(self, ids: list[int], length: int, chunks: int) -> list[list[int]]:
+        """Start, tokens, end, padding: of as many chunks as asked for."""
+        room = length - 2
+        if len(ids) > chunks * room:
+            cut = self._tokenizer.decode(ids[chunks * room :])
+            warnings.warn(
+                f"the prompt has {len(ids) + 2} tokens, of which the model reads "
+                f"{chunks * length} (all with --long-prompts, or chunks=None); "
+                f"this was cut: {cut!r}",
+                PromptTruncated,
+                stacklevel=3,
+            )
+        start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        rows = []
+        for chunk in range(chunks):
+            row = [start, *ids[chunk * room : (chunk + 1) * room], end]
+            rows.append(row + [self._tokenizer.pad_token_id] * (length - len(row)))
+        return rows
 
     def tokens(self, prompt: str) -> list[str]:
         """The pieces that a prompt is split into, start and end included."""
-        return self._tokenizer.convert_ids_to_tokens(self._tokenizer(prompt)["input_ids"])
+        ids = self._tokenizer(self._expanded(prompt))["input_ids"]
+        return self._tokenizer.convert_ids_to_tokens(ids)
 
     def save(self, folder: str | Path) -> None:
-        """Copies the tokenizer's files into `folder`."""
+        """Copies the tokenizer's files into `folder`, with what `with_tokens` added."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        if self._origin is not None:
+            self._tokenizer.save_pretrained(folder)
 
 
 def train_tokenizer(corpus: Iterable[str], folder: str | Path, vocab_size: int) -> Tokenizer:

@@ -1,20 +1,29 @@
 """The commands as people call them: what they leave behind, and one clear line when they refuse."""
 
+import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+import jaxsd
 from jaxsd import weights
 from jaxsd.cli import run_command
-from jaxsd.components import PRETRAINED
+from jaxsd.components import make_net, save_component
+from jaxsd.hub import PRETRAINED
+from jaxsd.models import ControlNetConfig, TinyVAEConfig
+from jaxsd.weights import embeddings, lora_files
+from jaxsd.weights.embeddings import Embedding
+from jaxsd.weights.lora import Layer, LoRA
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +120,14 @@ def test_a_long_prompt_is_cut_with_a_warning_that_quotes_it(tmp_path, capsys):
         (("seven", "--width", -8), ["-8"]),
         (("seven", "--sampler", "magic"), ["magic", "euler"]),
         (("seven", "--eta", 2), ["eta", "2"]),
+        (("seven", "--eta", 0.5, "--sampler", "euler"), ["eta", "ddim"]),
+        (("seven", "--vae-tile", -1), ["vae_tile", "-1"]),
+        (("seven", "--mask-image", "m.png"), ["mask_image", "init_image"]),
+        (("seven", "--init-image", "no.png"), ["no.png"]),
+        (("seven", "--strength", 0.5), ["strength"]),
+        (("seven", "--lora", "no.safetensors:2"), ["no.safetensors"]),
+        (("seven", "--refiner", "digits", "--refiner-start", 1), ["denoising_start"]),
+        (("seven", "--sampler", "ddim", "--sigmas", "karras"), ["ddim", "karras"]),
         (("seven", "--seed", -1), ["seed"]),
         (("seven", "-n", 0), ["num_images", "0"]),
         (("ten", "--model", "digits-ddpm"), ["ten", "0 to 9"]),
@@ -121,6 +138,68 @@ def test_what_sample_refuses(arguments, said, tmp_path, capsys):
     line = refused(capsys, "sample", *arguments, "--out", tmp_path / "out")
     assert all(word in line for word in said), line
     assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """What people bring along, in small: pictures, a LoRA, a new word, a ControlNet, a TAESD."""
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (24, 48, 3), np.uint8)).save(folder / "wide.png")
+    mask = np.zeros((24, 48), np.uint8)
+    mask[:, 24:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    pipe = jaxsd.load("digits")
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    width = pipe.unet.shapes[name][0]
+    down, up = rng.normal(size=(2, width)), rng.normal(size=(width, 2))
+    layer = Layer(down.astype(np.float32), up.astype(np.float32), 2.0)
+    lora_files.save(LoRA({"unet": {name: layer}}), folder / "style.safetensors")
+    vectors = rng.normal(size=(1, 64)).astype(np.float32)
+    embeddings.save(Embedding("<cat>", {"text_encoder": vectors}), folder / "cat.safetensors")
+    small = {"conditioning_embedding_out_channels": (4, 4, 4)}
+    config = dataclasses.replace(ControlNetConfig.from_unet(pipe.unet.config), **small)
+    tiny_vae = TinyVAEConfig(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    )
+    for part, kind in (("control", config), ("taesd", tiny_vae)):
+        net = make_net(kind)
+        save_component(folder / part, net, net.init(jax.random.key(0)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--init-image wide.png --strength 0.5",
+        "--init-image wide.png --mask-image mask.png --preview-every 2 --preview-with linear",
+        "--lora style.safetensors:0.8 --lora style.safetensors --preview-every 3",
+        "--textual-inversion cat.safetensors:<dog> --sigmas karras --sampler euler",
+        "--controlnet control --control-image wide.png --controlnet control "
+        "--control-image mask.png --control-scale 0.5 --control-scale 1",
+        "--refiner digits --refiner-start 0.5 --spacing trailing",
+        "--vae-tile 4 --preview-every 2 --preview-with taesd --long-prompts",
+    ],
+)
+def test_what_the_guide_tells(arguments, files, tmp_path, capsys, monkeypatch):
+    """Each option works, says so in the picture, and makes another one than without it."""
+    monkeypatch.chdir(files)
+    shared = ("a red <dog> seven", "--steps", 4, "--guidance-scale", 3, "--out", tmp_path)
+    status, out, err = call(capsys, "sample", *arguments.split(), *shared)
+    assert status == 0, err
+    _, plain, _ = call(capsys, "sample", *shared)
+    with Image.open(out.strip()) as picture, Image.open(plain.strip()) as without:
+        wide = "wide.png" in arguments
+        assert picture.size == ((44, 24) if wide else (32, 32))
+        told = json.dumps(picture.text)
+        for word in arguments.split():
+            if word.endswith((".png", "0.5", "control", "karras", "trailing")):
+                assert word in told, word
+        if not wide:
+            assert not np.array_equal(np.asarray(picture), np.asarray(without))
 
 
 def test_an_unwritable_output_is_refused(tmp_path, capsys):
@@ -200,6 +279,16 @@ def test_module_and_unknown_commands():
     helped, unknown = run("--help"), run("paint")
     assert helped.returncode == 0 and "sample" in helped.stdout
     assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
+
+
+@pytest.mark.parametrize("arguments", [("info", "digits"), ("evaluate", "--help")])
+def test_a_reader_that_has_had_enough(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "jaxsd", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_options_that_do_not_exist_exit_with_2(capsys):

@@ -24,21 +24,66 @@ ALLOWED = {
     "models": ("errors", "nn"),
     "diffusion": ("errors", "models.config"),
     "families": ("errors", "models", "diffusion.schedule"),
-    "tokenizer": ("errors",),
+    "prompts": (),
+    "tokenizer": ("errors", "prompts"),
+    "pictures": ("errors",),
+    "tiling": (),
     "weights": ("errors", "nn"),
     "sharding": ("errors", "nn"),
-    "checkpoints": ("errors", "nn"),
-    "components": ("errors", "nn", "models", "weights"),
-    "pipeline": (
+    "checkpoints": ("errors", "nn", "weights"),
+    "hub": ("errors", "weights"),
+    "inspection": ("errors", "hub", "weights"),
+    "vocabulary": ("errors", "hub", "tokenizer", "weights"),
+    "components": (
+        "checkpoints",
+        "diffusion.schedule",
+        "errors",
+        "families",
+        "hub",
+        "models",
+        "nn",
+        "tokenizer",
+        "vocabulary",
+        "weights",
+    ),
+    "conversion": ("components", "errors", "weights"),
+    "conditioning": ("errors", "models", "nn", "tokenizer", "weights"),
+    "denoising": ("diffusion", "errors", "nn", "weights"),
+    "model": (
         "components",
+        "conditioning",
+        "diffusion",
         "errors",
         "nn",
-        "models",
-        "families",
-        "diffusion",
         "tokenizer",
         "weights",
-        "sharding",
+    ),
+    "networks": (
+        "components",
+        "conditioning",
+        "denoising",
+        "diffusion",
+        "errors",
+        "families",
+        "model",
+        "models",
+        "nn",
+        "pictures",
+        "tiling",
+        "weights",
+    ),
+    "tasks": ("denoising", "diffusion", "errors", "networks", "pictures"),
+    "previews": ("components", "errors", "networks", "pictures"),
+    "pipeline": (
+        "components",
+        "conditioning",
+        "diffusion",
+        "errors",
+        "families",
+        "hub",
+        "networks",
+        "pictures",
+        "tasks",
     ),
 }
 NEVER = {
@@ -46,6 +91,7 @@ NEVER = {
     "training": ("cli", "evaluation"),
     "data": ("models", "pipeline", "objectives", "training", "cli"),
     "evaluation": ("training", "objectives", "cli"),
+    "compare": ("training", "objectives", "evaluation", "cli"),
 }
 FOREIGN = ("torch", "diffusers")
 
@@ -94,8 +140,8 @@ def test_what_stands_on_top_is_not_imported_from_below(part):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_needs_torch(name):
-    # `jaxsd compare` alone holds numbers against PyTorch's, and loads it when it is called.
-    wanted = imports(MODULES[name], lazily=not name.endswith(".compare"))
+    # `compare` alone holds numbers against PyTorch's, and loads it when it is called.
+    wanted = imports(MODULES[name], lazily=not inside(name, "compare"))
     assert not {m for m in wanted if m.split(".")[0] in FOREIGN}
 
 

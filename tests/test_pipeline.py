@@ -262,6 +262,10 @@ def listing(folder) -> list[str]:
 def test_round_trip(pipe, saved):
     again = jaxsd.load(saved)
     assert again.schedule == pipe.schedule
+    assert not again.zero_empty_prompt
+    np.testing.assert_array_equal(
+        *(again.encode([text])["encoder_hidden_states"] for text in (None, ""))
+    )
     assert again.params.keys() == pipe.params.keys()
     for name, params in pipe.params.items():
         assert again.components[name].net.config == pipe.components[name].net.config
@@ -327,7 +331,7 @@ def test_models_that_are_none(tmp_path):
     assert "unknown model 'no-such-model'" in refused(jaxsd.load, "no-such-model")
     assert "no model_index.json" in refused(jaxsd.load, tmp_path)
     (tmp_path / "weights.safetensors").write_bytes(b"")
-    assert "is a file" in refused(jaxsd.load, tmp_path / "weights.safetensors")
+    assert "weights.safetensors" in refused(jaxsd.load, tmp_path / "weights.safetensors")
     assert "nobody/nothing" in refused(jaxsd.load, "nobody/nothing")  # the Hub is out of reach
 
 

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from jaxsd.cli import run_command
-from jaxsd.components import PRETRAINED
+from jaxsd.hub import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+WITH_FILES = re.compile(r"path/to|my-folder")  # for a model that the reader has
 COMMANDS = [line for line in README.splitlines() if line.startswith("python ")]
 
 
@@ -34,7 +35,9 @@ def test_the_python_block(tmp_path, monkeypatch, capsys):
     assert set(scope["params"]) == set(scope["pipe"].unet.shapes)
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS if " sample.py " in c and "path/to" not in c])
+@pytest.mark.parametrize(
+    "line", [c for c in COMMANDS if " sample.py " in c and not WITH_FILES.search(c)]
+)
 def test_sample_commands(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path.parent / "programs"))

@@ -3,26 +3,30 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from jaxsd.errors import JaxsdError
 
+T = TypeVar("T")
+# Given once for each: --lora a --lora b. A list after one flag would swallow the prompts.
+Several = Annotated[tuple[T, ...], tyro.conf.UseAppendAction]
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Make pictures from prompts."""
+    """Make pictures from prompts, and from pictures."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]]
-    """What to draw, one or several. A pixel model takes the names of its classes (7, seven)."""
+    """What to draw, one or several; (word:1.3) weighs a word. A pixel model takes the names of its
+    classes (7, seven)."""
     model: str = "digits"
-    """A model that ships (digits, digits-ddpm), a diffusers folder, or a Hub id."""
-    variant: str | None = None
-    """Which files of a folder that holds several, such as fp16."""
-    negative_prompt: str = ""
+    """A model that ships (digits, digits-ddpm), a diffusers folder, a single file (.safetensors,
+    .ckpt), or a Hub id."""
+    negative_prompt: str | None = None
     """What to stay away from."""
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
     """Pictures of each prompt, with the seeds SEED, SEED + 1, ..."""
@@ -33,20 +37,64 @@ class Options:
     guidance_rescale: float = 0.0
     """From 0 to 1: tames the contrast of a high guidance scale."""
     sampler: str | None = None
-    """ddim, ddpm, euler or dpmpp_2m; by default what the model's scheduler is nearest to."""
+    """ddim, euler, dpmpp_2m, ...: an unknown name lists all; by default the model's own."""
     eta: float = 0.0
     """With ddim: the share of noise renewed on the way, from 0 (none) to 1."""
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """How the steps are spread over the schedule; by default as the model says."""
+    sigmas: Literal["plain", "karras", "exponential", "beta"] | None = None
+    """Another spread of the noise levels, where the sampler knows it; by default the model's."""
     height: int | None = None
-    """In pixels; by default what the model was trained on."""
+    """In pixels; by default what the model was trained on, in the shape of --init-image."""
     width: int | None = None
     clip_skip: int = 0
     """How many last layers of the text tower to leave out."""
-    batch_size: int = 4
-    """Pictures at a time."""
+    long_prompts: bool = False
+    """Read prompts longer than the text tower in chunks, instead of cutting them."""
+
+    init_image: str | None = None
+    """A picture to start from (or, for InstructPix2Pix, to edit)."""
+    strength: float | None = None
+    """How far to leave it, from 0 to 1; by default .8, with a mask 1."""
+    mask_image: str | None = None
+    """Light where the picture is to be painted anew."""
+    image_guidance_scale: float = 1.5
+    """How closely InstructPix2Pix keeps to the picture."""
+    controlnet: Several[str] = ()
+    """A ControlNet's folder or Hub id; may be repeated, each with a --control-image."""
+    control_image: Several[str] = ()
+    control_scale: Several[float] = ()
+    """How much each ControlNet says: one for all, or one for each; by default 1."""
+    refiner: str | None = None
+    """A Stable Diffusion XL refiner that takes over for the last steps."""
+    refiner_start: float = 0.8
+    """At this share of the schedule."""
+
+    lora: Several[str] = ()
+    """A LoRA file, with its scale if it is not 1: style.safetensors:0.8; may be repeated."""
+    textual_inversion: Several[str] = ()
+    """A file of an embedding, with its token if it names none: cat.pt:<cat>; may be repeated."""
+    variant: str | None = None
+    """Which files of a folder that holds several, such as fp16."""
+    family: str | None = None
+    """What a single file holds where it cannot be told: sd2 or sd2-v."""
+    config: str | None = None
+    """For a single file: a diffusers folder with its configs."""
+    tokenizer: str | None = None
+    """For a single file: a folder with CLIP's vocabulary."""
+    use_ema: bool = False
+    """Take a single file's averaged weights, if it holds them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and computation."""
+
+    batch_size: int = 4
+    """Pictures at a time."""
+    vae_tile: int = 0
+    """Decode in tiles with this side in latents (64, say): large pictures in little memory."""
     preview_every: int = 0
     """Also write a strip with the picture after every so many steps."""
+    preview_with: str = "vae"
+    """What decodes the strip: vae, linear (at once, and small), or a TAESD folder."""
     out: Path = Path("outputs")
     """The folder to write into; nothing there is overwritten."""
     json: bool = False
@@ -61,62 +109,135 @@ class Job:
 
 def run(options: Options) -> list[Path]:
     """Makes the pictures and returns where they are: the grid, if there is one, last."""
-    import jax.numpy as jnp
     import numpy as np
 
-    from jaxsd import pipeline
     from jaxsd.pictures import tile
+    from jaxsd.previews import previewer
 
     _check(options)
-    pipe = pipeline.load(options.model, getattr(jnp, options.dtype), options.variant)
-    settings: dict[str, Any] = dict(
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        guidance_rescale=options.guidance_rescale,
-        sampler=options.sampler or pipe.default_sampler,
-        eta=options.eta,
-        clip_skip=options.clip_skip,
-        height=pipe.default_size[0] if options.height is None else options.height,
-        width=pipe.default_size[1] if options.width is None else options.width,
-    )
-    jobs = [Job(p, options.seed + i) for p in options.prompts for i in range(options.num_images)]
+    pipe, refiner = _load(options)
+    if not options.prompts and pipe.takes_prompts:
+        raise JaxsdError('give at least one prompt, such as "a red seven on a white background"')
+    prompts = options.prompts or ("",)
+    preview = previewer(pipe, options.preview_with) if options.preview_every else None
+    settings = _settings(options, pipe, prompts)
+    sampler = options.sampler or pipe.default_sampler
+    last = int(pipe.plan_steps(sampler, options.steps)[0].count)
+    jobs = [Job(p, options.seed + i) for p in prompts for i in range(options.num_images)]
     number = _next_number(options.out)
     paths, arrays = [], []
     for batch in _batches(jobs, options.batch_size):
         frames: list[Any] = []
 
         def look(i: int, t: float, latents: Any, frames=frames) -> None:
-            if (i + 1) % options.preview_every == 0 or i + 1 == options.steps:
-                frames.append(pipe.decode_array(latents))
+            if (i + 1) % options.preview_every == 0 or i + 1 == last:
+                assert preview is not None
+                frames.append(preview(latents))
 
         # The last batch is filled up, so that it runs in the program of the others.
         full = (batch * options.batch_size)[: min(options.batch_size, len(jobs))]
         pictures = pipe(
             [job.prompt for job in full],
             [job.seed for job in full],
-            negative_prompt=options.negative_prompt,
-            callback=look if options.preview_every else None,
+            callback=look if preview else None,
+            refiner=refiner,
+            refiner_start=options.refiner_start,
             **settings,
         )
         for i, job in enumerate(batch):
             stem = f"{number + len(paths):05}-{_slug(job.prompt)}-seed{job.seed}"
-            notes = dataclasses.asdict(job) | {
-                "negative_prompt": options.negative_prompt,
-                **settings,
-                "model": options.model,
-                "dtype": options.dtype,
-            }
+            notes = dataclasses.asdict(job) | _notes(options, sampler)
+            width, height = pictures[i].size
+            notes |= {"height": height, "width": width}
             paths.append(write_png(pictures[i], options.out / f"{stem}.png", notes))
-            arrays.append(np.asarray(pictures[i]).reshape(*pictures[i].size[::-1], -1))
+            arrays.append(np.asarray(pictures[i]).reshape(height, width, -1))
             if frames:
                 strip = tile([frame[i] for frame in frames], len(frames))
                 write_png(strip, options.out / f"{stem}-preview.png", notes)
     if len(paths) > 1:
         columns = options.num_images if options.num_images > 1 else None
         grid = options.out / f"{number:05}-grid.png"
-        notes = {"prompts": list(options.prompts), "seed": options.seed, **settings}
+        notes = {"prompts": list(prompts), "seed": options.seed}
+        notes |= _notes(options, sampler)
         paths.append(write_png(tile(arrays, columns), grid, notes))
     return paths
+
+
+def _load(options: Options) -> tuple[Any, Any]:
+    """The pipeline and, if one is asked for, the refiner."""
+    import jax.numpy as jnp
+
+    from jaxsd import pipeline
+
+    shared = dict(
+        dtype=getattr(jnp, options.dtype), variant=options.variant, tokenizer=options.tokenizer
+    )
+    names = ("family", "config", "use_ema")
+    own = {name: getattr(options, name) for name in names if getattr(options, name)}
+    pipe = pipeline.load(options.model, controlnets=options.controlnet, **shared, **own)
+    for text in options.lora:
+        name, scale = _split(text, float, 1.0)
+        pipe.add_lora(name, scale)
+    for text in options.textual_inversion:
+        pipe.add_embedding(*_split(text, str, None))
+    refiner = None if options.refiner is None else pipeline.load(options.refiner, **shared)
+    changes: dict[str, Any] = {}
+    if options.spacing:
+        changes["timestep_spacing"] = options.spacing
+    if options.sigmas:
+        kinds = ("karras", "exponential", "beta")
+        changes |= {f"use_{kind}_sigmas": kind == options.sigmas for kind in kinds}
+    for each in filter(None, (pipe, refiner)):
+        each.schedule = dataclasses.replace(each.schedule, **changes)
+        each.vae_tile = options.vae_tile
+    return pipe, refiner
+
+
+def _settings(options: Options, pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """What every call of the pipeline is told."""
+    texts = [*prompts, options.negative_prompt]
+    scales = options.control_scale or (1.0,)
+    return dict(
+        negative_prompt=options.negative_prompt,
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        guidance_rescale=options.guidance_rescale,
+        sampler=options.sampler,
+        eta=options.eta,
+        clip_skip=options.clip_skip,
+        chunks=pipe.chunks(texts) if options.long_prompts else 1,
+        height=options.height,
+        width=options.width,
+        image=options.init_image,
+        mask=options.mask_image,
+        strength=options.strength,
+        image_guidance_scale=options.image_guidance_scale,
+        control_images=options.control_image,
+        control_scales=scales[0] if len(scales) == 1 else scales,
+    )
+
+
+# Of the options what does not make the picture.
+NOT_NOTED = ("prompts", "seed", "num_images", "batch_size", "out", "json", "height", "width")
+NOT_NOTED += ("preview_every", "preview_with")
+
+
+def _notes(options: Options, sampler: str) -> dict[str, Any]:
+    """How the pictures were made: every option that says something."""
+    values = dataclasses.asdict(options) | {"sampler": sampler}
+    noted = {name: value for name, value in values.items() if name not in NOT_NOTED}
+    return {name: value for name, value in noted.items() if value not in (None, (), False)}
+
+
+def _split(text: str, kind: Any, default: Any) -> tuple[str, Any]:
+    """ "file:value" in its two parts; a colon inside the file's name or address is part of it."""
+    name, colon, value = text.rpartition(":")
+    if not colon or value.startswith("//") or Path(text).exists():
+        return text, default
+    try:
+        return name, kind(value)
+    except ValueError:
+        return text, default
 
 
 def write_png(picture: Any, path: Path, notes: dict[str, Any]) -> Path:
@@ -140,13 +261,15 @@ def write_png(picture: Any, path: Path, notes: dict[str, Any]) -> Path:
 
 def _check(options: Options) -> None:
     """What can be refused before a model is loaded."""
-    if not options.prompts:
-        raise JaxsdError('give at least one prompt, such as "a red seven on a white background"')
     for name in ("num_images", "batch_size"):
         if getattr(options, name) < 1:
             raise JaxsdError(f"{name} must be at least 1, not {getattr(options, name)}")
-    if options.preview_every < 0:
-        raise JaxsdError(f"preview_every must not be negative: {options.preview_every}")
+    for name in ("preview_every", "vae_tile"):
+        if getattr(options, name) < 0:
+            raise JaxsdError(f"{name} must not be negative: {getattr(options, name)}")
+    for name, needed in (("control_scale", "control_image"), ("mask_image", "init_image")):
+        if getattr(options, name) and not getattr(options, needed):
+            raise JaxsdError(f"{name} says something about {needed}: give that, too")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         probe = options.out / ".jaxsd-writable"

@@ -165,6 +165,7 @@ def _text_to_image(recipe: TextToImage, dataset: Any):
     import jax.numpy as jnp
 
     from jaxsd import components, families
+    from jaxsd.models import UNet2DConfig
     from jaxsd.objectives.text_to_image import TextToImage as Objective
     from jaxsd.tokenizer import Tokenizer
 
@@ -173,6 +174,8 @@ def _text_to_image(recipe: TextToImage, dataset: Any):
             "text-to-image needs --vae and --text-encoder, each a trained model folder"
         )
     family = families.get_family(recipe.family)
+    if isinstance(family.unet, UNet2DConfig) or not family.unet.text_conditional:
+        raise JaxsdError(f"family {recipe.family!r} reads no text")
     text_encoder = components.load_component(recipe.text_encoder / "text_encoder", jnp.float32)
     tokenizer = Tokenizer(recipe.text_encoder / "tokenizer")
     objective = Objective(

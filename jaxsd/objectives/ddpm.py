@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsd.components import Component
 from jaxsd.diffusion.schedule import Schedule, prediction_target
-from jaxsd.models import UNet, UNetConfig
+from jaxsd.models import UNet, UNet2DConfig, UNetConfig, class_input
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch
 from jaxsd.pictures import tile
@@ -57,10 +57,10 @@ def _mean_where(values: jax.Array, chosen: jax.Array) -> jax.Array:
 class DDPM:
     """Batches hold "image" [b, h, w, c] in [-1, 1] and, for a conditional UNet, "label" [b].
 
-    A share `class_dropout` of the labels is left out (all zeros), which is what guidance contrasts.
+    A share `class_dropout` of the labels is left out, which is what guidance contrasts.
     """
 
-    unet: UNetConfig
+    unet: UNetConfig | UNet2DConfig
     schedule: Schedule
     continuous: bool = True
     class_dropout: float = 0.1
@@ -76,11 +76,10 @@ class DDPM:
     def loss(self, params: Params, aux: Any, batch: Batch, key: jax.Array):
         key_class, key = jax.random.split(key)
         conditioning = {}
-        if self.unet.class_embed_type:
-            count = self.unet.projection_class_embeddings_input_dim or 0
+        if self.unet.num_classes:
             kept = jax.random.bernoulli(key_class, 1 - self.class_dropout, batch["label"].shape)
-            one_hot = jax.nn.one_hot(batch["label"], count)
-            conditioning["class_labels"] = one_hot * kept[:, None].astype(one_hot.dtype)
+            labels = jnp.where(kept, batch["label"], -1)
+            conditioning["class_labels"] = class_input(self.unet, labels)
         image = batch["image"]
         return denoising_loss(
             self.net, params, self.schedule, image, conditioning, key, self.continuous
@@ -92,9 +91,9 @@ class DDPM:
     def preview(self, params: Params) -> np.ndarray:
         """Four pictures of each class, without guidance; sixteen where there are no classes."""
         pipe = self.pipeline(params)
-        classes = self.unet.projection_class_embeddings_input_dim or 4
+        classes = self.unet.num_classes or 4
         seeds = range(4 * classes)
-        conditioned = bool(self.unet.class_embed_type)
+        conditioned = self.unet.num_classes > 0
         cond = pipe.encode([str(s % classes) for s in seeds]) if conditioned else {}
         latents = pipe.denoise(pipe.noise(seeds), cond, None, steps=25, sampler="ddim")
         return tile(pipe.decode_array(latents), classes)

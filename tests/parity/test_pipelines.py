@@ -6,9 +6,10 @@ import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_torch
 import torch
-import transformers
-from torch_reference import nchw, randomise
+from tiny_torch import SD, SIZE, quiet, whole
+from torch_reference import nchw
 
 import jaxsd
 from jaxsd.components import Component
@@ -16,23 +17,16 @@ from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import UNet, UNetConfig
 from jaxsd.nn import Net
 from jaxsd.pipeline import Pipeline
-from jaxsd.tokenizer import train_tokenizer
 
 TOLERANCE = 1  # of 255, from rounding to whole numbers on both sides
 
 # Torch's tensors, as diffusers turns them into arrays, are not quite up to NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-PROMPTS, NEGATIVES = ["a red seven on white", "a blue three"], ["blue", ""]
-SEEDS, SIZE = [3, 4], 16
-SD = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-}
+PROMPTS, NEGATIVES = tiny_torch.WORDS[:2], ["blue", ""]
+SEEDS = [3, 4]
 SCHEDULERS = {
-    "ddim": diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **SD),
+    "ddim": tiny_torch.scheduler(),
     "euler": diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **SD),
 }
 
@@ -45,53 +39,8 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def theirs(tmp_path_factory, request) -> diffusers.StableDiffusionPipeline:
-    """A Stable Diffusion of a few thousand random weights."""
-    second = request.param == "sd2"
-    words = tmp_path_factory.mktemp("words") / "tokenizer"
-    size = len(train_tokenizer([*PROMPTS, *NEGATIVES], words, 540))
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=SIZE // 2,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=(1, 2) if second else 2,
-        use_linear_projection=second,
-        upcast_attention=second,
-        norm_num_groups=2,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=SIZE,
-    )
-    text = transformers.CLIPTextConfig(
-        vocab_size=size,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        hidden_act="gelu" if second else "quick_gelu",
-        bos_token_id=size - 2,
-        eos_token_id=size - 1,
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        unet=randomise(unet, 1, 0.3),
-        vae=randomise(vae, 2, 0.1),
-        text_encoder=randomise(transformers.CLIPTextModel(text), 3, 0.3),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(str(words)),
-        scheduler=SCHEDULERS["ddim"],
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    parts = tiny_torch.components(tmp_path_factory.mktemp("words"), request.param)
+    return quiet(diffusers.StableDiffusionPipeline(**parts))
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +67,12 @@ def their_pictures(theirs, ours, scheduler=SCHEDULERS["ddim"], **options) -> np.
         width=SIZE,
         **{"guidance_scale": 7.5} | options,
     ).images
-    return np.stack([np.asarray(image) for image in images]).astype(int)
+    return whole(images)
 
 
 def our_pictures(ours, sampler="ddim", **options) -> np.ndarray:
     images = ours(PROMPTS, SEEDS, steps=10, negative_prompt=NEGATIVES, sampler=sampler, **options)
-    return np.stack([np.asarray(image) for image in images]).astype(int)
+    return whole(images)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> int:
@@ -154,9 +103,7 @@ def test_options(ours, theirs, option, monkeypatch):
 
 
 def reopened(folder) -> diffusers.StableDiffusionPipeline:
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True))
 
 
 def test_what_we_save_opens_there(ours, theirs, tmp_path):
@@ -247,6 +194,6 @@ def test_a_class_conditional_model_opens_there(tmp_path):
             x = scheduler.step(said[0] + scale * (said[1] - said[0]), t, x).prev_sample
     expected = ((x / 2 + 0.5).clamp(0, 1) * 255).round().numpy()[:, 0].astype(int)
     images = pipe(classes, SEEDS, steps=10, guidance_scale=scale)
-    ours = np.stack([np.asarray(image) for image in images]).astype(int)
+    ours = whole(images)
     print("greatest difference", np.abs(ours - expected).max())
     assert expected.std() > 10 and np.abs(ours - expected).max() <= TOLERANCE

@@ -1,0 +1,165 @@
+"""The program that samples: the networks, guidance, ControlNets and blending, inside one loop."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxsd.diffusion import samplers
+from jaxsd.diffusion.denoise import Conditioning, guided
+from jaxsd.diffusion.schedule import Schedule
+from jaxsd.errors import JaxsdError
+from jaxsd.nn import Net, Params
+from jaxsd.weights import lora
+from jaxsd.weights.lora import Live
+
+
+class Start(NamedTuple):
+    """Where image-to-image and inpainting begin.
+
+    latents: of the pictures, [b, h, w, c]. strength: in (0, 1], the share of the steps that is
+    taken. mask: [b, h, w, 1], 1 where the picture may change: the rest is put back after each step,
+    and at strength 1 sampling begins at pure noise. noise: what it is noised with for that, where
+    sampling does not begin with noise but goes on with another model's latents.
+    """
+
+    latents: jax.Array
+    strength: float = 1.0
+    mask: jax.Array | None = None
+    noise: jax.Array | None = None
+
+
+Traced = Any  # a NumPy array or scalar outside the program, traced inside it
+
+
+class Inputs(NamedTuple):
+    """What the program is given besides the latents: everything in here is traced."""
+
+    params: tuple[Params, list[Params]]  # the UNet's, each ControlNet's
+    loras: Live  # on the UNet
+    lora_scales: Traced  # [LoRAs]
+    conditions: list[Conditioning]  # from the least to the most told
+    scales: Traced  # of guidance, [len(conditions) - 1, b]
+    guidance_rescale: Traced
+    control_scales: Traced  # [ControlNets]
+    blend: tuple[jax.Array, jax.Array, jax.Array] | None  # clean latents, noise, mask
+    keys: jax.Array  # of each image
+    grid: samplers.Steps
+    eta: Traced
+
+
+def loop(
+    unet: Net,
+    controlnets: Sequence[Net],
+    schedule: Schedule,
+    sampler: str,
+    inputs: Inputs,
+    x: Float[Array, "b h w c"],
+    history: tuple[jax.Array, ...],
+    begin: jax.Array,
+    end: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Steps begin ... end - 1: the latents after them, and what the sampler remembers."""
+    unet_params, control_params = inputs.params
+    unet_params = lora.apply(unet_params, inputs.loras, inputs.lora_scales)
+    dtype = unet_params["conv_in.weight"].dtype
+
+    def network(x, t, concat=None, control=(), **conditioning):
+        x, concat, control, conditioning = jax.tree.map(
+            lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+            (x, concat, control, conditioning),
+        )
+        residuals = None
+        shared = {name: value for name, value in conditioning.items() if name != "timestep_cond"}
+        scales = inputs.control_scales.astype(dtype)
+        for net, params, picture, scale in zip(
+            controlnets, control_params, control, scales, strict=True
+        ):
+            said = net(params, x, t, controlnet_cond=picture, conditioning_scale=scale, **shared)
+            residuals = said if residuals is None else jax.tree.map(jnp.add, residuals, said)
+        if residuals is not None:
+            down, middle = residuals
+            conditioning |= {"down_block_residuals": down, "mid_block_residual": middle}
+        if concat is not None:  # for the UNet alone: a ControlNet knows latents only
+            x = jnp.concatenate([x, concat], -1)
+        return unet(unet_params, x, t, **conditioning).astype(jnp.float32)
+
+    def put_back(x: jax.Array, i: jax.Array) -> jax.Array:
+        """What the mask protects, as noisy as the next step expects it."""
+        assert inputs.blend is not None
+        clean, noise, mask = inputs.blend
+        rows = (inputs.grid.alpha, inputs.grid.sigma)
+        alpha, sigma = (jnp.asarray(row)[jnp.minimum(i + 1, len(row) - 1)] for row in rows)
+        last = i + 1 >= inputs.grid.count
+        alpha, sigma = jnp.where(last, 1.0, alpha), jnp.where(last, 0.0, sigma)
+        return mask * x + (1 - mask) * (alpha * clean + sigma * noise)
+
+    return samplers.run(
+        samplers.SAMPLERS[sampler],
+        schedule,
+        guided(network, inputs.conditions, inputs.scales, inputs.guidance_rescale),
+        x,
+        history,
+        inputs.keys,
+        inputs.grid,
+        begin,
+        end,
+        inputs.eta,
+        after=None if inputs.blend is None else put_back,
+    )
+
+
+def part(
+    grid: samplers.Steps,
+    timesteps: int,
+    denoising_start: float | None,
+    denoising_end: float | None,
+) -> tuple[int, int]:
+    """The first step to take and the one to stop before.
+
+    denoising_start, denoising_end: shares of the schedule's `timesteps` at which this model takes
+    over from another, and hands over to one, as in diffusers. JaxsdError if no step is left.
+    """
+    count = int(grid.count)
+    t = np.asarray(grid.t)[:count]
+    first, stop = int(grid.first), count
+    for name, share in (("denoising_start", denoising_start), ("denoising_end", denoising_end)):
+        if share is not None and not 0 <= share <= 1:
+            raise JaxsdError(f"{name} must be from 0 to 1, not {share}")
+    if denoising_start is not None:
+        first = int((t >= round(timesteps * (1 - denoising_start))).sum())
+    if denoising_end is not None:
+        stop = int((t >= round(timesteps * (1 - denoising_end))).sum())
+    if first >= stop:
+        raise JaxsdError(
+            f"of {count} steps none is left between {first} (by strength or denoising_start) and "
+            f"{stop} (by denoising_end): move these apart, or take more steps"
+        )
+    return first, stop
+
+
+def chain(
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    scales: np.ndarray,
+    image_cond: Conditioning | None,
+    image_guidance_scale: float,
+) -> tuple[list[Conditioning], np.ndarray]:
+    """The conditions and scales of `guided`: only `cond` where there is no guidance.
+
+    None is: without `uncond`, if every scale [b] is at most 1, or (InstructPix2Pix) the picture's
+    scale is below 1, as in diffusers.
+    """
+    alone = [cond], np.zeros((0, len(scales)), np.float32)
+    if not uncond or (scales <= 1).all():
+        return alone
+    scales = np.maximum(scales, 1)[None]  # those at most 1: the condition as it is
+    if image_cond is None:
+        return [uncond, cond], scales
+    if image_guidance_scale < 1:
+        return alone
+    pictures = np.full_like(scales, image_guidance_scale)
+    return [uncond, image_cond, cond], np.concatenate([pictures, scales])

@@ -1,0 +1,172 @@
+"""What a model is made of: its networks, their weights, its words, and what is added to them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxsd.components import Component, make_net
+from jaxsd.conditioning import TextEncoder
+from jaxsd.diffusion import samplers
+from jaxsd.diffusion.schedule import Schedule
+from jaxsd.errors import JaxsdError
+from jaxsd.nn import Net, Params
+from jaxsd.tokenizer import Tokenizer
+from jaxsd.weights import embeddings, lora, lora_files
+from jaxsd.weights.embeddings import Embedding
+from jaxsd.weights.lora import Live, LoRA
+
+
+class Model:
+    """The parts of a model.
+
+    `schedule` may be replaced at any time: dataclasses.replace(pipe.schedule, ...). `vae_tile`, if
+    not 0, is the side of the latent tiles in which larger pictures are encoded and decoded.
+    """
+
+    def __init__(
+        self,
+        unet: Component,
+        schedule: Schedule,
+        vae: Component | None = None,
+        text_encoder: Component | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        text_encoder_2: Component | None = None,
+        tokenizer_2: Tokenizer | None = None,
+        controlnets: Sequence[Component] = (),
+        zero_empty_prompt: bool = False,
+        vae_tile: int = 0,
+    ):
+        self.schedule, self.vae_tile = schedule, vae_tile
+        parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        self.components = {"unet": unet} | {name: c for name, c in parts.items() if c}
+        words = {"tokenizer": tokenizer, "tokenizer_2": tokenizer_2}
+        self.tokenizers = {name: t for name, t in words.items() if t}
+        self.controlnets, self.zero_empty_prompt = tuple(controlnets), zero_empty_prompt
+        towers = self._towers
+        if len(towers) != len(self.tokenizers) or (unet.net.config.text_conditional and not towers):
+            raise JaxsdError(
+                "a text-conditional UNet needs a text encoder, and each of those a tokenizer"
+            )
+        self.loras: list[LoRA] = []
+        self.lora_scales: list[float] = []
+        self._live: dict[str, Live] = {name: {} for name in self.components}
+        self._text = self._text_encoder()
+        for component in self.controlnets:
+            self._check_controlnet(component.net.config)
+
+    # --- What it is made of ---
+
+    @property
+    def unet(self) -> Net:
+        return self.components["unet"].net
+
+    @property
+    def vae(self) -> Net | None:
+        return self.components["vae"].net if "vae" in self.components else None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.tokenizers.get("tokenizer")
+
+    @property
+    def params(self) -> dict[str, Params]:
+        """The weights of each component."""
+        return {name: component.params for name, component in self.components.items()}
+
+    @property
+    def xl(self) -> bool:
+        """Whether the UNet also takes a pooled text embedding and sizes: Stable Diffusion XL."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the pictures that the model was trained on."""
+        side = self.unet.config.sample_size * self._downscale
+        return side, side
+
+    @property
+    def default_sampler(self) -> str:
+        return samplers.default_sampler(self.schedule)
+
+    @property
+    def _towers(self) -> list[str]:
+        """The names of the text encoders."""
+        return [name for name in self.components if name.startswith("text_encoder")]
+
+    def _text_encoder(self) -> TextEncoder:
+        nets = [self.components[name].net for name in self._towers]
+        words = [*self.tokenizers.values()]
+        return TextEncoder(nets, words, self.xl, self.zero_empty_prompt)
+
+    @property
+    def _downscale(self) -> int:
+        return self.vae.config.downscale if self.vae else 1
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the UNet is told anything: text, or a class."""
+        return bool(self.tokenizers) or self.unet.config.class_conditional
+
+    def chunks(self, prompts: Sequence[str | None]) -> int:
+        """How many times the text tower's length the longest of the prompts takes."""
+        return self._text.chunks(prompts) if self.tokenizers else 1
+
+    @property
+    def guidance_embedded(self) -> bool:
+        """Whether the UNet is told the guidance scale (LCM) instead of being called twice."""
+        return self.unet.config.time_cond_proj_dim is not None
+
+    def _check_controlnet(self, config: Any) -> None:
+        """A ControlNet speaks to the blocks of the UNet that it was trained for."""
+        names = ("block_out_channels", "layers_per_block", "cross_attention_dim")
+        names += ("addition_embed_type",)
+        own = {name: getattr(self.unet.config, name, None) for name in names}
+        own |= {"in_channels": self.unet.config.out_channels}
+        other = {name: getattr(config, name, None) for name in own}
+        if differ := [f"{n} {other[n]} where it has {own[n]}" for n in own if other[n] != own[n]]:
+            raise JaxsdError(f"a ControlNet for another model than this: {'; '.join(differ)}")
+        downscale = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+        if downscale != self._downscale:
+            raise JaxsdError(
+                f"a ControlNet for pictures {downscale} times as large as the latents; this "
+                f"model's are {self._downscale} times"
+            )
+
+    # --- What is added to it ---
+
+    def add_lora(self, source: str | Path | LoRA, scale: float = 1.0) -> None:
+        """Adds a LoRA, or its file or folder, to UNet and text encoders.
+
+        `lora_scales` holds the scales; to change one compiles nothing. JaxsdError lists what does
+        not fit this model.
+        """
+        nets = {name: c.net for name, c in self.components.items() if name != "vae"}
+        self.loras.append(source if isinstance(source, LoRA) else lora_files.read(source, nets))
+        self.lora_scales.append(scale)
+        self._live = {name: lora.live(self.loras, name) for name in self.components}
+
+    def add_embedding(self, source: str | Path | Embedding, token: str | None = None) -> None:
+        """Teaches the model a new word, from a textual inversion or its file.
+
+        token: the word, if not the file's own. JaxsdError if it does not suit this model.
+        """
+        new = source if isinstance(source, Embedding) else embeddings.read(source, token)
+        taught = {}
+        for name in self._towers:
+            words, old = name.replace("text_encoder", "tokenizer"), self.components[name]
+            tokenizer, params = embeddings.add(new, self.tokenizers[words], old.params, name)
+            config = dataclasses.replace(old.net.config, vocab_size=len(tokenizer))
+            taught[name] = words, tokenizer, Component(make_net(config), params)
+        for name, (words, tokenizer, component) in taught.items():  # all of them, or none
+            self.tokenizers[words], self.components[name] = tokenizer, component
+        self._text = self._text_encoder()
+
+    def merge_loras(self) -> None:
+        """Adds every LoRA to the weights for good: sampling starts a little sooner."""
+        pairs = list(zip(self.loras, self.lora_scales, strict=True))
+        for name, params in lora.merge(self.params, pairs).items():
+            self.components[name] = Component(self.components[name].net, params)
+        self.loras, self.lora_scales = [], []
+        self._live = {name: {} for name in self.components}

@@ -1,0 +1,290 @@
+"""A model's networks, each part of sampling one compiled program: encode, noise, denoise, decode.
+
+Prompts, seeds, scales and the number of steps go in as values; another shape, sampler, schedule or
+number of conditions compiles anew.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jaxsd import denoising, pictures
+from jaxsd.conditioning import Sizes, class_labels
+from jaxsd.denoising import Inputs, Start
+from jaxsd.diffusion import samplers
+from jaxsd.diffusion.denoise import Conditioning
+from jaxsd.diffusion.schedule import Schedule
+from jaxsd.errors import JaxsdError
+from jaxsd.families import latent_shape
+from jaxsd.model import Model
+from jaxsd.models.embeddings import guidance_scale_embedding
+from jaxsd.nn import Params
+from jaxsd.tiling import tiled
+from jaxsd.weights import lora
+
+Callback = Callable[[int, float, jax.Array], None]
+
+
+class Networks(Model):
+    """What each part of a model does; `Pipeline` makes pictures with them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._compiled_noise = jax.jit(samplers.initial_noise, static_argnums=1)
+        self._compiled_denoise = jax.jit(self._loop, static_argnames=("schedule", "sampler"))
+        self._compiled_decode = jax.jit(self._decode)
+        self._compiled_encode = jax.jit(self._encode)
+        self._compiled_lora = jax.jit(lora.apply)
+
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        clip_skip: int = 0,
+        chunks: int = 1,
+        size_ids: Sequence[float] | None = None,
+    ) -> Conditioning:
+        """What the UNet is told: text states [n, 77 chunks, d], or one-hot classes [n, k].
+
+        The empty prompt is the unconditional one; so is None, no prompt at all, which Stable
+        Diffusion XL takes as zeros. XL is also told sizes, `size_ids`, by default those of the
+        pictures it makes. A longer prompt than the chunks is cut, with a `PromptTruncated` warning.
+        """
+        if not self.tokenizers:
+            if clip_skip or chunks != 1:
+                raise JaxsdError("clip_skip and chunks are for text: this model reads none")
+            return class_labels(self.unet.config, prompts)
+        conditioning = self._text(
+            [self.components[name].params for name in self._towers],
+            prompts,
+            clip_skip,
+            chunks,
+            [self._live[name] for name in self._towers],
+            _one_or_each(self.lora_scales, len(self.loras), "lora_scales"),
+        )
+        if self.xl:
+            ids = self.size_ids(self.default_size) if size_ids is None else size_ids
+            rows = np.tile(np.asarray(ids, np.float32), (len(prompts), 1))
+            conditioning["time_ids"] = jnp.asarray(rows)
+        return conditioning
+
+    def size_ids(
+        self, size: tuple[int, int], sizes: Sizes | None = None, negative: bool = False
+    ) -> list[float] | None:
+        """What Stable Diffusion XL is told of a picture of `size` (height, width); else None."""
+        if not self.xl:
+            return None
+        return (sizes or Sizes()).ids(self.unet.config, self._text.pooled_size, size, negative)
+
+    def encode_pictures(self, pictures: np.ndarray, scaled: bool = True) -> jax.Array:
+        """Latents [n, h, w, c] of pictures [n, H, W, 3] in [-1, 1]: the mean, not a draw.
+
+        Scaled as the UNet knows them, or (InstructPix2Pix) as the VAE gives them.
+        """
+        if self.vae is None:
+            return jnp.asarray(pictures)
+        params, downscale = self.params["vae"], self._downscale
+
+        def encode(x: np.ndarray) -> jax.Array:
+            return self._compiled_encode(params, x)
+
+        if self.vae_tile:
+            latents = tiled(encode, pictures, self.vae_tile * downscale, 1 / downscale)
+        else:
+            latents = encode(pictures)
+        return jnp.asarray(latents) * (self.vae.config.scaling_factor if scaled else 1.0)
+
+    def noise(
+        self, seeds: Sequence[int], height: int | None = None, width: int | None = None
+    ) -> jax.Array:
+        """N(0, 1) latents [n, h, w, c]; row i depends on seeds[i] and on nothing else."""
+        default = self.default_size
+        shape = latent_shape(
+            self.unet.config,
+            self._downscale,
+            default[0] if height is None else height,
+            default[1] if width is None else width,
+        )
+        return self._compiled_noise(_keys(seeds), shape)
+
+    def denoise(
+        self,
+        latents: jax.Array,
+        cond: Conditioning,
+        uncond: Conditioning | None,
+        *,
+        steps: int = 30,
+        guidance_scale: float | Sequence[float] = 7.5,
+        guidance_rescale: float = 0.0,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        seeds: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        image_cond: Conditioning | None = None,
+        image_guidance_scale: float = 1.5,
+        control_scales: float | Sequence[float] = 1.0,
+        start: Start | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+    ) -> jax.Array:
+        """Runs the sampler from N(0, 1) `latents` [n, h, w, c] to clean ones.
+
+        Without `uncond`, with every guidance scale at most 1, or for a model that is told nothing,
+        there is no guidance, and half the work. `seeds` (default 0 ... n-1) feed the noise that
+        some samplers add on the way. `start`: begin at noised pictures. With `denoising_start` the
+        latents are taken as another model left them at its `denoising_end`. See `sample` for the
+        rest.
+        """
+        name = sampler or self.default_sampler
+        uses_eta = samplers.get_sampler(name).uses_eta
+        if not 0 <= eta <= (1 if uses_eta else 0):
+            known = ", ".join(n for n, row in samplers.SAMPLERS.items() if row.uses_eta)
+            raise JaxsdError(f"eta must be from 0 to 1, not {eta}, and 0 except with {known}")
+        if not 0 <= guidance_rescale <= 1:
+            raise JaxsdError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale}")
+        strength = start.strength if start else 1.0
+        grid, stop = self.plan_steps(name, steps, strength, denoising_start, denoising_end)
+        first, count = int(grid.first), len(latents)
+
+        scales = _one_or_each(guidance_scale, count, "guidance_scale")
+        if self.guidance_embedded:
+            size = self.unet.config.time_cond_proj_dim
+            embedded = guidance_scale_embedding(jnp.asarray(scales) - 1, size)
+            cond, uncond = cond | {"timestep_cond": embedded}, None
+        conditions, scales = denoising.chain(cond, uncond, scales, image_cond, image_guidance_scale)
+        blend = None
+        if start is not None and start.mask is not None:
+            blend = (start.latents, latents if start.noise is None else start.noise, start.mask)
+        lora_scales = _one_or_each(self.lora_scales, len(self.loras), "lora_scales")
+        unet_params, loras = self.params["unet"], self._live["unet"]
+        if callback is not None and loras:  # added once, not once a step
+            unet_params, loras = self._compiled_lora(unet_params, loras, lora_scales), {}
+        inputs = Inputs(
+            params=(unet_params, [net.params for net in self.controlnets]),
+            loras=loras,
+            lora_scales=lora_scales,
+            conditions=conditions,
+            scales=scales,
+            guidance_rescale=np.float32(guidance_rescale),
+            control_scales=_one_or_each(control_scales, len(self.controlnets), "control_scales"),
+            blend=blend,
+            keys=_keys(range(count) if seeds is None else seeds),
+            grid=grid,
+            eta=np.float32(eta),
+        )
+
+        if denoising_start is not None:
+            x = latents
+        elif start is None or (blend is not None and strength == 1):
+            x = latents * grid.init_scale
+        else:
+            x = grid.alpha[first] * start.latents + grid.sigma[first] * latents
+        history = tuple(jnp.zeros_like(x) for _ in range(samplers.SAMPLERS[name].remembers))
+
+        def advance(x, history, begin, end):
+            return self._compiled_denoise(
+                inputs,
+                x,
+                history,
+                np.int32(begin),
+                np.int32(end),
+                schedule=self.schedule.for_run(),
+                sampler=name,
+            )
+
+        if callback is None:
+            return advance(x, history, first, stop)[0]
+        for i in range(first, stop):  # the same program, a step at a time
+            x, history = advance(x, history, i, i + 1)
+            callback(i, float(grid.t[i]), x)
+        return x
+
+    def plan_steps(
+        self,
+        sampler: str,
+        steps: int,
+        strength: float = 1.0,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+    ) -> tuple[samplers.Steps, int]:
+        """The grid, which says where to start, and the step to stop before.
+
+        With lcm or tcd a model that is told the guidance takes all its steps on the part of the
+        schedule that `strength` leaves, any other the last of them: as diffusers' pipelines do.
+        JaxsdError for what cannot be.
+        """
+        whole = sampler in ("lcm", "tcd") and not self.guidance_embedded
+        share = 1.0 if whole else strength
+        grid = samplers.make_steps(self.schedule, sampler, steps, strength=share)
+        if whole:
+            count = int(grid.count)
+            grid = grid._replace(first=np.int32(count - min(int(count * strength), count)))
+        train = self.schedule.num_train_timesteps
+        first, stop = denoising.part(grid, train, denoising_start, denoising_end)
+        return grid._replace(first=np.int32(first)), stop
+
+    def decode(self, latents: jax.Array) -> list[Image.Image]:
+        """PIL images from latents (from pixels in [-1, 1], for a pixel model)."""
+        return [_to_pil(picture) for picture in self.decode_array(latents)]
+
+    def decode_array(self, latents: jax.Array) -> np.ndarray:
+        """As `decode`, but a uint8 array [n, h, w, c]."""
+        params = self.params["vae"] if self.vae else {}
+
+        def decode(part: Any) -> np.ndarray:
+            return np.asarray(self._compiled_decode(params, part))
+
+        if self.vae is None or not self.vae_tile:
+            return pictures.to_uint8(decode(latents))
+        tiles = tiled(decode, np.asarray(latents), self.vae_tile, self._downscale)
+        return pictures.to_uint8(tiles)
+
+    # --- The compiled parts ---
+
+    def _loop(self, inputs: Inputs, x, history, begin, end, *, schedule: Schedule, sampler: str):
+        nets = [component.net for component in self.controlnets]
+        return denoising.loop(self.unet, nets, schedule, sampler, inputs, x, history, begin, end)
+
+    def _encode(self, params: Params, x: jax.Array) -> jax.Array:
+        """The mean of the latents, as the VAE gives them."""
+        assert self.vae is not None
+        params, x = _computable(params, x)
+        return self.vae(params, x, method="encode")[0].astype(jnp.float32)
+
+    def _decode(self, params: Params, latents: jax.Array) -> jax.Array:
+        """Pictures in [-1, 1], more or less."""
+        if self.vae is None:
+            return latents
+        params, x = _computable(params, latents / self.vae.config.scaling_factor)
+        return self.vae(params, x, method="decode").astype(jnp.float32)
+
+
+def _keys(seeds: Sequence[int]) -> jax.Array:
+    if not len(seeds):
+        raise JaxsdError("give at least one seed: there is an image for each")
+    if any(not 0 <= seed < 2**32 for seed in seeds):
+        raise JaxsdError("seeds must be from 0 to 4294967295")
+    return jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds, np.uint32)))
+
+
+def _one_or_each(values: float | Sequence[float], count: int, name: str) -> np.ndarray:
+    array = np.asarray(values, np.float32)
+    if array.shape not in ((), (1,), (count,)):
+        raise JaxsdError(f"{name}: {array.size} values for {count}: give one, or one for each")
+    if not np.isfinite(array).all():
+        raise JaxsdError(f"{name} must be finite, not {values}")
+    return np.broadcast_to(array, count)
+
+
+def _computable(params: Params, x: jax.Array) -> tuple[Params, jax.Array]:
+    """A VAE's parameters and input in one dtype: never float16, in which XL's overflows."""
+    dtype = next(iter(params.values())).dtype
+    dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+    return {name: p.astype(dtype) for name, p in params.items()}, x.astype(dtype)
+
+
+def _to_pil(picture: np.ndarray) -> Image.Image:
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)

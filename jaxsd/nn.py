@@ -200,7 +200,11 @@ def attention(
 ) -> Float[Array, "b t hd"]:
     """softmax(q k^T / sqrt(d)) v for each head; the one place where a backend is chosen."""
     split = [x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v)]  # [b, t, h, d]
-    return jax.nn.dot_product_attention(*split, is_causal=causal).reshape(q.shape)
+    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":
+        # which has no product of float16 that is summed in float32
+        split = [x.astype(jnp.float32) for x in split]
+    x = jax.nn.dot_product_attention(*split, is_causal=causal)
+    return x.reshape(q.shape).astype(q.dtype)
 
 
 def upsample_nearest(

@@ -181,6 +181,7 @@ def files(tmp_path_factory) -> Path:
         "--controlnet control --control-image wide.png --controlnet control "
         "--control-image mask.png --control-scale 0.5 --control-scale 1",
         "--refiner digits --refiner-start 0.5 --spacing trailing",
+        "--dtype float16 --guidance-rescale 0.5",
         "--vae-tile 4 --preview-every 2 --preview-with taesd --long-prompts",
     ],
 )

@@ -1,11 +1,13 @@
-"""What the layers compile to."""
+"""What the layers compile to, and what they do in half precision."""
 
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxsd.nn import Conv2d, Net
+from jaxsd.nn import Conv2d, Net, attention
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks at what the CPU backend does")
@@ -21,3 +23,14 @@ def test_a_convolution_in_a_loop_takes_the_fast_kernel():
     program = loop.lower(params, x).compile().as_text()
     kernels = re.findall(r"convolution\(.*dim_labels=b01f_(\w+)->b01f", program)
     assert kernels and set(kernels) == {"01io"}, kernels
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_float16(causal):
+    """XLA's CPU backend lacks the product that jax would ask for."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.float32) for _ in range(3))
+    whole = attention(q, k, v, 2, causal)
+    half = attention(*(x.astype(jnp.float16) for x in (q, k, v)), 2, causal)
+    assert half.dtype == jnp.float16
+    np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=5e-3)

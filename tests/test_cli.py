@@ -77,6 +77,13 @@ def test_a_picture_holds_how_it_was_made(tmp_path, capsys):
         assert image.text["model"] == "digits" and image.text["sampler"] == "ddim"
 
 
+def test_a_guidance_of_zero_is_told(tmp_path, capsys):
+    arguments = ("seven", "--steps", 2, "--guidance-scale", 0, "--out", tmp_path)
+    with Image.open(call(capsys, "sample", *arguments)[1].strip()) as image:
+        assert json.loads(image.text["guidance_scale"]) == 0
+        assert "lora" not in image.text and "negative_prompt" not in image.text
+
+
 def test_several_pictures_come_with_a_grid_and_overwrite_nothing(tmp_path, capsys):
     arguments = ("3", "eight", "-n", 3, "--model", "digits-ddpm", "--steps", 2, "--json")
     first = json.loads(call(capsys, "sample", *arguments, "--out", tmp_path)[1])["images"]

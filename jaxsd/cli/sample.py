@@ -226,11 +226,13 @@ def _notes(options: Options, sampler: str) -> dict[str, Any]:
     """How the pictures were made: every option that says something."""
     values = dataclasses.asdict(options) | {"sampler": sampler}
     noted = {name: value for name, value in values.items() if name not in NOT_NOTED}
-    return {name: value for name, value in noted.items() if value not in (None, (), False)}
+    # By identity: a guidance scale of 0 equals False, and says much.
+    said = {n: value for n, value in noted.items() if value is not None and value is not False}
+    return {name: value for name, value in said.items() if value != ()}
 
 
 def _split(text: str, kind: Any, default: Any) -> tuple[str, Any]:
-    """ "file:value" in its two parts; a colon inside the file's name or address is part of it."""
+    """The two parts of "file:value"; a colon inside the file's name or address is part of it."""
     name, colon, value = text.rpartition(":")
     if not colon or value.startswith("//") or Path(text).exists():
         return text, default

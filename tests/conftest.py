@@ -1,7 +1,7 @@
 """Strictness that tests pay and users do not.
 
 Types and array shapes in annotations are checked at run time, dtypes and ranks are promoted
-explicitly or not at all, and the machine pretends to have four CPU devices. Warnings are errors,
+explicitly or not at all, and the machine pretends to have eight CPU devices. Warnings are errors,
 with the exceptions in pyproject.toml. Programs compiled once are kept for all workers of a run,
 which halves its time: many tests build the same tiny models.
 """
@@ -13,7 +13,11 @@ import tempfile
 
 # Before jax is imported: it reads these once.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # Programs run once or twice on tiny arrays: compiling them is what takes the time
+    + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker, or the caller's wish

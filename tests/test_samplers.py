@@ -277,7 +277,7 @@ def test_what_is_done_after_each_step():
     end = once(jnp.ones((4, 2, 2, 1)))
     np.testing.assert_array_equal(end[:, 0], 4)
     free = run("euler", LINEAR, standin, jnp.ones((4, 2, 2, 1)), 5)
-    np.testing.assert_array_equal(end[:, 1], free[:, 1])
+    np.testing.assert_allclose(end[:, 1], free[:, 1], rtol=1e-6)  # two programs
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -7,3 +7,11 @@ class JaxsdError(Exception):
     The command line prints it as one line and exits with 2; from Python it is an exception like
     any other.
     """
+
+
+class ReadFailed(JaxsdError):
+    """A read that may succeed another time: the disk or the network failed, not the file."""
+
+
+class Diverged(JaxsdError):
+    """A model gives what is not finite: there is nothing to measure."""

@@ -1,6 +1,7 @@
 """Paths of every kind, files written whole or not at all, and JSON objects beside the weights."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,9 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from jaxsd.errors import JaxsdError
+from jaxsd.errors import JaxsdError, ReadFailed
 
 LISTED = 20  # names of each kind in an error
+# What a disk of this machine may say, a network's perhaps, and take back another time; of buckets
+# all but these
+PASSING = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ECONNRESET, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH),
+)
+LASTING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 if TYPE_CHECKING:
     AnyPath = Path
@@ -42,18 +50,23 @@ def is_local(path: AnyPath) -> bool:
 
 @contextlib.contextmanager
 def reading(path: AnyPath, verb: str = "read") -> Iterator[None]:
-    """Turns what the disk, or a bucket's library, raises inside into a JaxsdError."""
+    """Turns what the disk, or a bucket's library, raises inside into a JaxsdError.
+
+    A ReadFailed if it may pass.
+    """
     try:
         yield
     except JaxsdError:
         raise
     except OSError as error:
-        raise JaxsdError(f"cannot {verb} {path}: {error.strerror or error}") from None
+        lasts = error.errno not in PASSING if is_local(path) else isinstance(error, LASTING)
+        kind = JaxsdError if lasts else ReadFailed
+        raise kind(f"cannot {verb} {path}: {error.strerror or error}") from None
     except Exception as error:
         if is_local(path):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise JaxsdError(f"cannot {verb} {path}: {reason}") from None
+        raise ReadFailed(f"cannot {verb} {path}: {reason}") from None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 from jaxsd.errors import JaxsdError
 from jaxsd.weights.entries import ITEMSIZES, Entry, row_major
 from jaxsd.weights.files import AnyPath, as_path, listing, read_json, reading
+from jaxsd.weights.legacy import MAGIC, read_legacy_header
 from jaxsd.weights.pickles import read_pickle_header
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -103,12 +104,8 @@ def read_entries(file: AnyPath) -> dict[str, Entry]:
         start = stream.read(16)
         if start.startswith(b"PK"):
             return read_pickle_header(stream, file)
-        # The magic number in PyTorch's own format, pickled; a tar archive before that.
-        if start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P"):
-            raise JaxsdError(
-                f"{file} is in the format of PyTorch before 1.6: load it there, and save it again "
-                "with torch.save or as safetensors"
-            )
+        if start.startswith(MAGIC):
+            return read_legacy_header(stream, file)
         return _read_safetensors(stream, file)
 
 

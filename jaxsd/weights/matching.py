@@ -52,7 +52,8 @@ def wanted_name(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """
     if name in shapes:
         return name
-    if name.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: a constant, not a weight
+    # 0, 1, 2, ... and a count of training batches: no weights
+    if name.endswith(("embeddings.position_ids", ".num_batches_tracked")):
         return None
     candidates = [f"text_model.{name}"]  # transformers >= 5.6 leaves out this prefix
     candidates += [name.replace(old, new) for old, new in OLD_ATTENTION.items() if old in name]

@@ -3,7 +3,8 @@
 Such a file is a zip archive: `*/data.pkl`, a pickle of the names, shapes and strides, and
 `*/data/0`, `*/data/1`, ..., the plain bytes of each storage. A pickle is a program, so this one is
 run by an interpreter that knows no function but those that describe a tensor; a file that asks for
-anything else is refused, by the name of what it asks for, which is not even imported.
+anything else is refused, by the name of what it asks for, which is not even imported. Files of
+before 1.6 hold the same pickle in another wrapping: `jaxsd.weights.legacy`.
 """
 
 import collections
@@ -66,8 +67,8 @@ class Tensor(NamedTuple):
 def read_pickle_header(stream: Any, file: AnyPath) -> dict[str, Entry]:
     """Every tensor of a checkpoint, by name; those under "state_dict" if there is such a key.
 
-    Nothing but the archive's directory and its pickle is read. JaxsdError if the file is damaged,
-    is of PyTorch's format of before 1.6, or asks for anything but tensors and plain containers.
+    Nothing but the archive's directory and its pickle is read. JaxsdError if the file is damaged
+    or asks for anything but tensors and plain containers.
     Values that are no tensors (the number of steps trained, say) are left out.
     """
     try:
@@ -81,13 +82,13 @@ def read_pickle_header(stream: Any, file: AnyPath) -> dict[str, Entry]:
             if order is not None and _stored(archive, order, 16) != b"little":
                 raise JaxsdError(f"{file} is not in little-endian byte order; save it anew")
             program = _stored(archive, members[pickles[0]], MAX_PICKLE)
-        tensors = _tensors(_run(program, file))
+        tensors = tensors_in(unpickle(program, file)[0])
         size = stream.seek(0, os.SEEK_END)
         places = {
             key: _place(stream, members, f"{prefix}data/{key}", size)
             for key in {tensor.storage.key for tensor in tensors.values()}
         }
-        return {name: _entry(file, name, tensor, places) for name, tensor in tensors.items()}
+        return {name: entry_of(file, name, tensor, places) for name, tensor in tensors.items()}
     except (JaxsdError, OSError):
         raise
     except Exception as error:  # zipfile and pickle raise a dozen kinds on damaged bytes
@@ -124,7 +125,11 @@ def _place(stream: Any, members: dict, name: str, size: int) -> tuple[int, int]:
     return start, member.file_size
 
 
-def _entry(file: AnyPath, name: str, tensor: Tensor, places: dict[str, tuple[int, int]]) -> Entry:
+def entry_of(file: AnyPath, name: str, tensor: Tensor, places: dict[str, tuple[int, int]]) -> Entry:
+    """A tensor as a part of the file; ValueError if it does not lie inside its storage.
+
+    places: (offset in the file, bytes) of each storage.
+    """
     storage, itemsize = tensor.storage, ITEMSIZES[tensor.storage.dtype]
     start, held = places[storage.key]
     numbers = (tensor.offset, storage.numel, *tensor.shape, *tensor.strides)
@@ -169,6 +174,7 @@ GLOBALS: dict[tuple[str, str], Any] = {
         for kind in (dict, list, set, frozenset)
     },
     **{("torch", name): name for name in ("float32", "float16", "bfloat16", "float64", "int64")},
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,  # before 0.4
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
@@ -189,6 +195,7 @@ class _Unpickler(_Python):
     def __init__(self, program: bytes):
         super().__init__(io.BytesIO(program))
         self._left = len(program)
+        self.storages: dict[str, Storage] = {}
 
     def load_reduce(self) -> None:
         """A container made of another is a copy, for which a file must pay in bytes of its own."""
@@ -214,18 +221,21 @@ class _Unpickler(_Python):
         return GLOBALS[module, name]
 
     def persistent_load(self, saved_id: Any) -> Storage:
-        kind, dtype, key, _, numel = saved_id
-        if kind != "storage" or dtype not in ITEMSIZES or not isinstance(key, str):
+        kind, dtype, key, _, numel, *view = saved_id  # the old format says None for the last
+        if kind != "storage" or dtype not in ITEMSIZES or not isinstance(key, str) or any(view):
             raise ValueError(f"an unknown kind of storage, {saved_id[:3]}")
-        return Storage(dtype, key, numel)
+        return self.storages.setdefault(key, Storage(dtype, key, numel))
 
 
 class _Refused(Exception):
     """A global that is not on the list."""
 
 
-def _run(program: bytes, file: AnyPath) -> Any:
-    """What the pickle describes, of Tensors and plain containers."""
+def unpickle(program: bytes, file: AnyPath) -> tuple[Any, dict[str, Storage]]:
+    """What the pickle describes, of Tensors and plain containers, and every storage it names.
+
+    JaxsdError if it asks for anything else, ValueError if it is damaged.
+    """
     asked = [
         tuple(str(argument).split(" ", 1))
         for opcode, argument, _ in pickletools.genops(program)
@@ -234,7 +244,8 @@ def _run(program: bytes, file: AnyPath) -> Any:
     try:
         if alien := sorted({".".join(name) for name in asked if name not in GLOBALS}):
             raise _Refused(", ".join(alien))  # all of them, before any step is taken
-        return _Unpickler(program).load()
+        unpickler = _Unpickler(program)
+        return unpickler.load(), unpickler.storages
     except _Refused as error:
         raise JaxsdError(
             f"{file} asks for {error}, which is no tensor: refused, because a pickle can run any "
@@ -244,7 +255,7 @@ def _run(program: bytes, file: AnyPath) -> Any:
         raise ValueError("its pickle holds an instruction that tensors do not need") from None
 
 
-def _tensors(value: Any) -> dict[str, Tensor]:
+def tensors_in(value: Any) -> dict[str, Tensor]:
     """A state dict, or the one inside a training checkpoint."""
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]

@@ -80,6 +80,7 @@ def read(
         # what was read, or is on its way to a device, must not pile up here; mapped pages may
         lazy = jax.default_backend() == "cpu" and is_local(file)
         batch: list[tuple[jax.Array, Entry]] = []
+        waiting = 0  # bytes in the batch
         with reading(file), open_tensors(file) as tensors:
             for name in sorted(names, key=lambda name: entries[sources[name]].offset):
                 entry = entries[sources[name]]
@@ -87,12 +88,13 @@ def read(
                 params[name] = _place(array, wanted, sharding, name)
                 del array
                 batch.append((params[name], entry))
+                waiting += entry.span
                 if not lazy:
                     _release(batch, tensors)
-                    batch = []
-                elif sum(entry.span for _, entry in batch) > BATCH:
+                    batch, waiting = [], 0
+                elif waiting > BATCH:
                     releases.submit(_release, batch, tensors)
-                    batch = []
+                    batch, waiting = [], 0
             releases.submit(_release, batch, tensors)
     releases.shutdown(wait=False)  # that is, once it has done what it was given
     return {name: params[name] for name in shapes}

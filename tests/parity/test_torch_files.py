@@ -1,6 +1,8 @@
 """Files that torch.save wrote, read without torch."""
 
 import collections
+import contextlib
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,9 +66,46 @@ def refused(file, shapes=SHAPES) -> str:
     return str(error.value)
 
 
-def test_the_old_format_is_refused_with_a_way_out(tmp_path):
-    torch.save(state_dict(), tmp_path / "a.bin", _use_new_zipfile_serialization=False)
-    assert "before 1.6" in refused(tmp_path / "a.bin")
+def old(value, file):
+    torch.save(value, file, _use_new_zipfile_serialization=False)
+
+
+def test_the_format_of_before_1_6(tmp_path):
+    expected = state_dict()
+    old(expected, tmp_path / "pytorch_model.bin")
+    assert_same(weights.load(tmp_path, SHAPES), expected)
+    module = torch.nn.Conv2d(3, 4, 3)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 3, 3, 3)).sum().backward()
+    optimizer.step()  # whose moments are storages that nobody asks for
+    checkpoint = {"optimizer": optimizer.state_dict(), "state_dict": module.state_dict()}
+    old(checkpoint, tmp_path / "last.ckpt")
+    shapes = {"weight": (4, 3, 3, 3), "bias": (4,)}
+    assert_same(weights.load(tmp_path / "last.ckpt", shapes), module.state_dict())
+
+
+def test_a_damaged_file_of_before_1_6_is_refused(tmp_path):
+    file = tmp_path / "a.bin"
+    old({"weight": torch.ones(4, 3), "bias": torch.ones(5).half()}, file)
+    whole = file.read_bytes()
+    for length in range(20, len(whole), 7):
+        file.write_bytes(whole[:length])
+        assert "damaged" in refused(file, {"weight": (4, 3), "bias": (5,)})
+    for place in range(16, len(whole) - 12 * 4 - 5 * 2, 3):  # up to the numbers themselves
+        for bit in (1, 128):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            with contextlib.suppress(JaxsdError):  # some bytes mean nothing
+                weights.load(file, {"weight": (4, 3), "bias": (5,)})
+
+
+def test_nothing_in_a_file_of_before_1_6_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    old({"weight": torch.ones(2), "evil": Evil()}, tmp_path / "a.bin")
+    assert f"{os.mkdir.__module__}.mkdir" in refused(tmp_path / "a.bin", {"weight": (2,)})
+    assert not (tmp_path / "canary").exists()
 
 
 def test_other_classes_are_refused_by_name(tmp_path):

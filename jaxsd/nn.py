@@ -8,6 +8,7 @@ read from a file *is* the pytree that goes through `jax.jit`, `jax.grad`, optax 
 
 import contextlib
 import contextvars
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Params = dict[str, jax.Array]
@@ -79,7 +81,7 @@ class Conv2d(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        kernel: int,
+        kernel: int | tuple[int, int],
         stride: int = 1,
         padding: int | tuple[tuple[int, int], tuple[int, int]] = 0,
         bias: bool = True,
@@ -87,7 +89,8 @@ class Conv2d(nnx.Module):
     ):
         self.stride = stride
         self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
-        self.weight = parameter((outputs, inputs, kernel, kernel), init)
+        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+        self.weight = parameter((outputs, inputs, *sides), init)
         self.bias = parameter((outputs,), zeros) if bias else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
@@ -126,6 +129,22 @@ class GroupNorm(nnx.Module):
         means = x.mean(tuple(range(1, x.ndim - 1))).reshape(x.shape[0], self.groups, -1).mean(-1)
         means = jnp.repeat(means, x.shape[-1] // self.groups, axis=-1)
         return means.reshape(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+
+
+class BatchNorm2d(nnx.Module):
+    """As torch's in `eval()`: [b, ..., c] by the mean and variance that training left behind."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        self.eps = eps
+        self.weight = parameter((channels,), ones)
+        self.bias = parameter((channels,), zeros)
+        self.running_mean = parameter((channels,), zeros)
+        self.running_var = parameter((channels,), ones)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + self.eps)
+        shift = self.bias[...] - self.running_mean[...] * scale
+        return x * _per_channel(scale, x) + _per_channel(shift, x)
 
 
 class LayerNorm(nnx.Module):
@@ -183,9 +202,59 @@ def dropout_keys(key: jax.Array | None):
         _dropout_keys.reset(token)
 
 
+# What "selective" keeps: results of convolutions, of products with a weight, and of attention as a
+# whole. Norms, activations and attention's scores are computed again.
+def _costly(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    if primitive is jax.lax.conv_general_dilated_p:
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **parameters)
+
+
+_REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "selective": jax.checkpoint_policies.save_from_both_policies(
+        _costly, jax.checkpoint_policies.save_only_these_names("attention")
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+_remat: contextvars.ContextVar[str] = contextvars.ContextVar("remat", default="none")
+
+
+@contextlib.contextmanager
+def rematerialise(mode: str):
+    """What gradients of the blocks traced in this context find stored, to compute the rest again.
+
+    "none": everything. "full": a block's inputs. "selective": also what was costly to compute.
+    """
+    token = _remat.set(mode)
+    try:
+        yield
+    finally:
+        _remat.reset(token)
+
+
+def block(call: Callable) -> Callable:
+    """Marks a module's method as a unit of `rematerialise`; blocks do not lie in each other."""
+
+    @functools.wraps(call)
+    def marked(*arguments: Any) -> Any:
+        policy = _REMAT[_remat.get()]
+        if policy is None:
+            return call(*arguments)
+        # A function of nothing, anew each time: jax.checkpoint remembers what it has traced, and
+        # here parameters and dropout keys come in by closure.
+        return jax.checkpoint(lambda: call(*arguments), policy=policy)()
+
+    return marked
+
+
 def _last_axis(variable: nnx.Param, like: jax.Array) -> jax.Array:
+    return _per_channel(variable[...], like)
+
+
+def _per_channel(vector: jax.Array, like: jax.Array) -> jax.Array:
     """A per-channel vector with the dtype and (explicitly, not by promotion) the rank of `like`."""
-    return variable[...].astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 # --- Functions -------------------------------------------------------------------------------
@@ -203,8 +272,9 @@ def attention(
     if q.dtype == jnp.float16 and jax.default_backend() == "cpu":
         # which has no product of float16 that is summed in float32
         split = [x.astype(jnp.float32) for x in split]
-    x = jax.nn.dot_product_attention(*split, is_causal=causal)
-    return x.reshape(q.shape).astype(q.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # of bfloat16's scores to float32, inside
+        x = jax.nn.dot_product_attention(*split, is_causal=causal)
+    return checkpoint_name(x.reshape(q.shape).astype(q.dtype), "attention")
 
 
 def upsample_nearest(

@@ -25,22 +25,26 @@ def read(picture: Picture) -> Image.Image:
         return _from_array(picture)
     try:
         if isinstance(picture, Image.Image):
-            return _as_seen(picture)
+            return as_seen(picture)
         # Pillow remarks on what is odd in a file, and reads it all the same.
         with warnings.catch_warnings(), open(picture, "rb") as stream:
             warnings.simplefilter("ignore")
             with Image.open(stream) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise ValueError(
-                        f"{opened.width}x{opened.height} pixels; a hundred million are the most"
-                    )
-                return _as_seen(opened)
+                check_size(opened)
+                return as_seen(opened)
     except Exception as error:  # a dozen kinds, from as many decoders
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise JaxsdError(f"cannot read the picture {picture}: {reason}") from None
 
 
-def _as_seen(image: Image.Image) -> Image.Image:
+def check_size(opened: Image.Image) -> None:
+    """ValueError for a file that promises more pixels than are read."""
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(f"{opened.width}x{opened.height} pixels; a hundred million are the most")
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """RGB, turned as the EXIF says, what is transparent on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more
         image = Image.fromarray(_eight_bits(np.asarray(image)))

@@ -10,6 +10,7 @@ from jaxsd.nn import (
     GroupNorm,
     Linear,
     attention,
+    block,
     upsample_nearest,
 )
 
@@ -37,6 +38,7 @@ class ResnetBlock(nnx.Module):
         self.conv2 = Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = None if inputs == outputs else Conv2d(inputs, outputs, 1)
 
+    @block
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b h w c2"]:
@@ -58,6 +60,7 @@ class AttentionBlock(nnx.Module):
         self.to_v = Linear(channels, channels)
         self.to_out = nnx.List([Linear(channels, channels)])
 
+    @block
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         y = self.group_norm(x).reshape(b, h * w, c)

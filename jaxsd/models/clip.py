@@ -14,7 +14,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxsd.models.config import NetworkConfig
-from jaxsd.nn import ACTIVATIONS, Conv2d, Embedding, LayerNorm, Linear, attention, normal, parameter
+from jaxsd.nn import (
+    ACTIVATIONS,
+    Conv2d,
+    Embedding,
+    LayerNorm,
+    Linear,
+    attention,
+    block,
+    normal,
+    parameter,
+)
 
 
 class _CLIPConfig(NetworkConfig):
@@ -124,6 +134,7 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(config)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
+    @block
     def __call__(self, x: Float[Array, "b t c"], causal: bool) -> Float[Array, "b t c"]:
         x = x + self.self_attn(self.layer_norm1(x), causal)
         return x + self.mlp(self.layer_norm2(x))
@@ -255,6 +266,7 @@ class CLIPModel(nnx.Module):
     def __init__(self, text: CLIPTextConfig, vision: CLIPVisionConfig):
         if text.projection_dim != vision.projection_dim:
             raise ValueError("the towers' projection_dim differ")
+        self.config = (text, vision)
         self.eos_token_id = text.eos_token_id
         self.text_model = TextTransformer(text)
         self.vision_model = VisionTransformer(vision)
@@ -269,13 +281,17 @@ class CLIPModel(nnx.Module):
         return self.text_projection(pooled)
 
     def image_features(self, pictures: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
-        """The projected class state of pictures in [-1, 1], not normalised."""
+        """The projected class state, not normalised, of pictures as the tower's statistics say.
+
+        Those of jaxsd's own towers are in [-1, 1]: `objectives.clip.PixelStatistics`.
+        """
         return self.visual_projection(self.vision_model(pictures))
 
     def __call__(
         self, input_ids: Int[Array, "b t"], pictures: Float[Array, "n h w c"]
     ) -> tuple[Float[Array, "b p"], Float[Array, "n p"], Float[Array, ""]]:
-        """Unit text features, unit image features, and the factor exp(logit_scale)."""
+        """Unit text and image features, float32, and the factor exp(logit_scale)."""
         text, image = self.text_features(input_ids), self.image_features(pictures)
+        text, image = (x.astype(jnp.float32) for x in (text, image))
         text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
         return text, image, jnp.exp(self.logit_scale[...])

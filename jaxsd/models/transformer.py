@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxsd.nn import Conv2d, Dropout, GroupNorm, LayerNorm, Linear, attention, gelu
+from jaxsd.nn import Conv2d, Dropout, GroupNorm, LayerNorm, Linear, attention, block, gelu
 
 
 class CrossAttention(nnx.Module):
@@ -24,7 +24,7 @@ class CrossAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t c"], context: Float[Array, "b s d"] | None = None
     ) -> Float[Array, "b t c"]:
-        context = x if context is None else context
+        context = x if context is None else context.astype(x.dtype)
         x = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
         for layer in self.to_out:
             x = layer(x)
@@ -77,6 +77,7 @@ class TransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels, dropout)
 
+    @block
     def __call__(
         self, x: Float[Array, "b t c"], context: Float[Array, "b s d"]
     ) -> Float[Array, "b t c"]:
@@ -118,7 +119,11 @@ class Transformer2D(nnx.Module):
         self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]
     ) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
-        y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        for block in self.transformer_blocks:
-            y = block(y, context)
+        y = self._enter(x).reshape(b, h * w, c)
+        for layer in self.transformer_blocks:
+            y = layer(y, context)
         return x + self.proj_out(y.reshape(b, h, w, c))
+
+    @block
+    def _enter(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return self.proj_in(self.norm(x))

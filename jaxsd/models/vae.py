@@ -138,11 +138,15 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(groups, channels[-1], EPS)
         self.conv_out = Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def features(self, x: jax.Array) -> jax.Array:
+        """What the last layer, `conv_out`, reads."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return jax.nn.silu(self.conv_norm_out(x))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv_out(self.features(x))
 
 
 class AutoencoderKL(nnx.Module):
@@ -165,4 +169,12 @@ class AutoencoderKL(nnx.Module):
 
     def decode(self, latents: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
         """Pictures (not clipped) from unscaled latents."""
-        return self.decoder(self.post_quant_conv(latents))
+        return self.render(self.decode_features(latents))
+
+    def decode_features(self, latents: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 d"]:
+        """`decode` up to its last layer, for losses that ask for the slope there."""
+        return self.decoder.features(self.post_quant_conv(latents))
+
+    def render(self, features: Float[Array, "b h w d"]) -> Float[Array, "b h w c"]:
+        """The last layer of `decode`."""
+        return self.decoder.conv_out(features)

@@ -5,14 +5,26 @@ given a seed; to add one, write it in a file of this folder and name it in SOURC
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from jaxsd.data.captioned import PictureOptions, Pictures, open_pictures
+from jaxsd.data.loading import Batch, batches
+from jaxsd.data.sources import open_source
 from jaxsd.errors import JaxsdError
 
-Batch = dict[str, np.ndarray]
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "PictureOptions",
+    "Pictures",
+    "batches",
+    "elements",
+    "open_pictures",
+    "open_source",
+]
 
 
 def digit_scans(split: str, seed: int) -> Any:
@@ -65,29 +77,3 @@ def elements(name: str, split: str, seed: int) -> Any:
     if name not in SOURCES:
         raise JaxsdError(f"unknown data {name!r}; there are {', '.join(SOURCES)}")
     return SOURCES[name](split, seed)
-
-
-def batches(
-    dataset: Any,
-    batch_size: int,
-    start: int,
-    stop: int,
-    tokenize: Callable[[str], np.ndarray] | None = None,
-) -> Iterator[Batch]:
-    """Batches number `start` ... `stop` - 1, made ahead of their use in two threads.
-
-    Batch i is the same whatever the start, so a resumed training sees what an uninterrupted one
-    would. With `tokenize`, "caption" becomes "input_ids".
-    """
-    import grain
-
-    def convert(element: dict) -> dict:
-        element = dict(element)
-        caption = element.pop("caption", None)
-        if tokenize is not None:
-            element["input_ids"] = tokenize(caption)
-        return element
-
-    chosen = dataset.slice(slice(start * batch_size, stop * batch_size)).map(convert)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch_size)
-    yield from chosen.to_iter_dataset(options).batch(batch_size, drop_remainder=True)

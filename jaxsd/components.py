@@ -1,7 +1,7 @@
 """The parts of a model on disk: where a model is, and its component folders, read and written."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -109,14 +109,39 @@ def read_config(values: dict[str, Any], kind: str, where: str = "config.json") -
     return classes[named][0].from_json(values, where)
 
 
+# What transformers means by a text_config that leaves these out: ViT-B/32's text tower
+_CLIP_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+
+
+def image_processor(folder: AnyPath) -> tuple[dict[str, Any], AnyPath]:
+    """How a CLIPModel takes its pictures, as transformers wrote it, and the file that says so."""
+    file = folder / "preprocessor_config.json"
+    if file.is_file():
+        return weights.read_json(file), file
+    file = folder / "processor_config.json"  # transformers 5
+    values = weights.read_json(file).get("image_processor") if file.is_file() else None
+    if not isinstance(values, dict):
+        raise JaxsdError(
+            f"{folder} has no preprocessor_config.json, which says how CLIP takes its pictures: "
+            "copy it from where the model came"
+        )
+    return values, file
+
+
 def load_clip(folder: AnyPath) -> Component:
     """Reads `clip/`: both towers, as `train.py clip` leaves them and CLIPModel opens them."""
     values = weights.read_json(folder / "config.json")
+    # Both towers end in this space, whatever theirs say, which transformers does not read
+    shared = {"projection_dim": values.get("projection_dim", 512)}
     configs = []
-    for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+    for name, kind, defaults in (
+        ("text_config", CLIPTextConfig, _CLIP_TEXT),
+        ("vision_config", CLIPVisionConfig, {}),
+    ):
         if not isinstance(values.get(name), dict):
             raise JaxsdError(f"{folder / 'config.json'} has no {name}: not a CLIP model")
-        configs.append(kind.from_json(values[name], f"{folder / 'config.json'}, {name}"))
+        own = defaults | values[name] | shared
+        configs.append(kind.from_json(own, f"{folder / 'config.json'}, {name}"))
     net = Net(CLIPModel(*configs))
     return Component(net, weights.load(folder, net, np.float32))
 
@@ -166,11 +191,12 @@ def load_parts(
     tokenizer: str | PurePath | None = None,
     use_ema: bool = False,
     sharding: Placement | None = None,
+    only: Collection[str] = FOLDERS,
 ) -> Parts:
     """Reads a model from wherever `find` finds it: a diffusers folder or a single file.
 
     dtype, variant, sharding: see `weights.load`. tokenizer: a folder or a Hub id with a vocabulary,
-    in place of the model's own.
+    in place of the model's own. only: which networks to read.
 
     Of a single file only: family, a name of `jaxsd.families`, where the file cannot tell; config, a
     diffusers folder whose configs (it needs no weights) take the place of the family's; use_ema,
@@ -181,7 +207,7 @@ def load_parts(
     """
     path = find(model, variant)
     if path.is_file():
-        return _load_file(path, dtype, family, config, tokenizer, use_ema, sharding)
+        return _load_file(path, dtype, family, config, tokenizer, use_ema, sharding, only)
     if family or config or use_ema:
         raise JaxsdError(f"{path} is a folder, with configs of its own: family, config and use_ema "
                          "are for single files")  # fmt: skip
@@ -202,7 +228,7 @@ def load_parts(
         {
             name: load_component(path / name, dtype, variant, sharding=sharding)
             for name in FOLDERS
-            if name in named
+            if name in named and name in only
         },
         _read_schedule(path),
         tokenizers,
@@ -218,6 +244,7 @@ def _load_file(
     tokenizer: str | PurePath | None,
     use_ema: bool,
     sharding: Placement | None,
+    only: Collection[str],
 ) -> Parts:
     entries = read_entries(file)
     found = {part.component: part for part in single.parts(entries)}
@@ -241,6 +268,8 @@ def _load_file(
         raise JaxsdError(f"{file} holds no moving averages: leave use_ema out")
     components = {}
     for name, values in configs.items():
+        if name not in only:
+            continue
         net = make_net(values)
         own = single.select(entries, found[name], net.shapes, use_ema)
         components[name] = Component(net, read(own, net, dtype, sharding, file))

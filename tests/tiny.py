@@ -12,6 +12,8 @@ from jaxsd.models import (
     AutoencoderKL,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTextProjectionConfig,
     CLIPVisionConfig,
     UNetConfig,
     VAEConfig,
@@ -22,6 +24,7 @@ from jaxsd.objectives.ddpm import DDPM
 from jaxsd.objectives.text_to_image import TextToImage
 from jaxsd.objectives.vae import VAE
 from jaxsd.tokenizer import Tokenizer, train_tokenizer
+from jaxsd.towers import Towers
 
 CLASSES = 10
 CAPTIONS = ["a red seven", "a blue three", "a green one on white", "nine"]
@@ -49,6 +52,12 @@ LATENT_UNET = UNetConfig(
     cross_attention_dim=8,
     **SMALL,
 )
+XL_CHANGES = {
+    "cross_attention_dim": 8 + 16,  # the widths of the text encoders
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 + 6 * 4,  # pooled text, and six numbers
+}
 VAE_CONFIG = VAEConfig(
     sample_size=8,
     down_block_types=("DownEncoderBlock2D",) * 2,
@@ -84,6 +93,17 @@ def parameters(net: Net, seed: int = 0) -> dict[str, jax.Array]:
     }
 
 
+class Spy(Net):
+    """Stands in for a UNet: remembers what it was asked and answers a known function of it."""
+
+    def __init__(self):
+        self.config = LATENT_UNET
+
+    def __call__(self, params, z, t, dropout_key=None, **conditioning):
+        self.z, self.t, self.conditioning = z, t, conditioning
+        return jnp.tanh(z) + (t / 1000)[:, None, None, None]
+
+
 def ddpm(**kwargs) -> DDPM:
     kwargs = {"unet": PIXEL_UNET, "schedule": Schedule(beta_schedule="cosine")} | kwargs
     return DDPM(**kwargs)
@@ -105,17 +125,34 @@ def clip(words: Tokenizer) -> CLIP:
     return CLIP(TEXT, VISION, words)
 
 
-def text_to_image(words: Tokenizer, **kwargs) -> TextToImage:
-    text = dataclasses.replace(TEXT, vocab_size=len(words), eos_token_id=words.eos_token_id)
+def towers(words: Tokenizer, **changes) -> Towers:
+    known = {"vocab_size": len(words), "eos_token_id": words.eos_token_id}
+    text = dataclasses.replace(TEXT, **known | changes)
     vae, tower = Net(AutoencoderKL(VAE_CONFIG)), Net(CLIPTextModel(text))
-    return TextToImage(
-        LATENT_UNET,
-        Schedule(prediction_type="v_prediction"),
-        Component(vae, parameters(vae)),
-        Component(tower, parameters(tower)),
-        words,
-        **kwargs,
-    )
+    components = {
+        "vae": Component(vae, parameters(vae)),
+        "text_encoder": Component(tower, parameters(tower)),
+    }
+    return Towers(components, {"tokenizer": words})
+
+
+def xl_towers(words: Tokenizer) -> Towers:
+    """Two text encoders, the second with a projection, as Stable Diffusion XL has."""
+    first = towers(words, num_hidden_layers=2)  # of which the last is not read
+    text = first.nets["text_encoder"].config
+    config = CLIPTextProjectionConfig(**{**vars(text), "hidden_size": 16, "projection_dim": 6})
+    net = Net(CLIPTextModelWithProjection(config))
+    components = first.components | {"text_encoder_2": Component(net, parameters(net, 1))}
+    return Towers(components, {"tokenizer": words, "tokenizer_2": words})
+
+
+def text_to_image(words: Tokenizer, xl: bool = False, **kwargs) -> TextToImage:
+    if xl:
+        unet = dataclasses.replace(LATENT_UNET, **XL_CHANGES)
+        made = {"unet": unet, "towers": xl_towers(words), "zero_empty_prompt": True}
+    else:
+        made = {"unet": LATENT_UNET, "towers": towers(words)}
+    return TextToImage(**made | {"schedule": Schedule(prediction_type="v_prediction")} | kwargs)
 
 
 def captioned_batch(words: Tokenizer) -> dict[str, np.ndarray]:

@@ -1,0 +1,103 @@
+"""A fine-tuning step of Stable Diffusion at full size, on this machine: its memory, time and loss.
+
+    python benchmarks/full_size_training.py --model sd1 --size 256 --optimizer adafactor
+
+compiles the step of `train.py text-to-image` on cached latents, prints the bytes that it will take,
+and, if there are so many, runs it on random weights. State and gradients are float32.
+"""
+
+import dataclasses
+import resource
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from latents import Latents
+
+from jaxsd import families, sharding, training
+from jaxsd.training.placement import compile_step, make_mesh, place_state, spread
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    model: str = "sd1"
+    """A family, whose UNet is trained."""
+    size: int = 256
+    """Of the pictures, in pixels."""
+    batch: int = 1
+    steps: int = 2
+    """Steps to run: the first, and some to time."""
+    optimizer: str = "adamw"
+    train: tuple[str, ...] = ()
+    """Patterns of the only parameters to train; by default all."""
+    remat: str = "full"
+    dtype: str = "bfloat16"
+    run: bool = True
+    """Run it too, not just compile it."""
+
+
+def main(options: Options) -> None:
+    names = ("optimizer", "train", "remat", "dtype")
+    recipe = training.Options(
+        1000,
+        batch_size=options.batch,
+        learning_rate=1e-5,
+        warmup_steps=0,
+        **{name: getattr(options, name) for name in names},
+    )
+    mesh = make_mesh(recipe, jax.devices()[:1])
+    objective = Latents(families.get_family(options.model), options.dtype)
+    optimizer = training.make_optimizer(recipe)
+    shapes = jax.eval_shape(lambda: training.init_state(objective, optimizer, recipe))
+    state, aux = spread(shapes, recipe, mesh)
+    batch = sharding.split(_batch(objective, options), mesh)
+    trained = sum(x.size for x in state.params.values())
+    print(f"{options.model}: {trained / 1e6:,.0f} of {objective.net.size / 1e6:,.0f} M parameters")
+    print(f"{options.batch} x {options.size} px, {options}")
+
+    step = compile_step(training.make_step(objective, optimizer, recipe), state, recipe)
+    start = time.perf_counter()
+    compiled = step.lower(state, aux, batch).compile()
+    print(f"compiled in {time.perf_counter() - start:.0f} s")
+    memory = compiled.memory_analysis()
+    held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    print(f"{held / GIB:.2f} GiB of arguments, {temporary / GIB:.2f} of temporaries")
+    # Initial parameters are there beside the state that is made of them
+    initial = 4 * trained
+    needed, free = held + max(temporary, initial), _available()
+    if not options.run or needed > free:
+        print(f"not run: it takes {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free")
+        return
+
+    state, aux = place_state(objective, optimizer, recipe, mesh)
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        state, metrics = compiled(state, aux, batch)
+        loss = float(metrics["loss"])
+        seconds = time.perf_counter() - start
+        norm = float(metrics["grad_norm"])
+        print(f"step {int(state.step)}: {seconds:.1f} s, loss {loss:.4f}, gradient norm {norm:.3f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak resident memory {peak / GIB:.2f} GiB, compiling included")
+
+
+def _batch(objective: Latents, options: Options) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = objective.shapes(options.batch, options.size)
+    batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in shapes.items()}
+    return batch | {"logvar": np.full_like(batch["logvar"], -10)}
+
+
+def _available() -> int:
+    """Bytes of memory that this machine could give without swapping (Linux)."""
+    with open("/proc/meminfo") as lines:
+        known = dict(line.split(":") for line in lines)
+    return int(known["MemAvailable"].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

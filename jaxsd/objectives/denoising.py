@@ -1,0 +1,141 @@
+"""The loss of every network that denoises (Ho et al. 2020): of eps, x or v, weighted by noise."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxsd.diffusion.schedule import Schedule, prediction_target
+from jaxsd.diffusion.weighting import WEIGHTINGS, loss_weight
+from jaxsd.errors import JaxsdError
+from jaxsd.nn import Net, Params
+
+BUCKETS = 4  # of time, by which the loss is logged
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+    """How pictures or latents are made noisy, and what an error in telling them apart costs."""
+
+    time: str = "discrete"  # or "continuous": whether times are whole, or spread over an interval
+    weighting: str = "none"  # of `diffusion.weighting`
+    snr_gamma: float = 5.0  # of "min-snr"
+    offset_noise: float = 0.0  # its deviation; the usual is 0.1 (Guttenberg 2023)
+    dtype: str = "float32"  # in which the network computes; the noise and the loss are float32
+
+    def __post_init__(self):
+        choices = {"time": ("discrete", "continuous"), "weighting": WEIGHTINGS}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise JaxsdError(f"{name} is one of {', '.join(allowed)}, not {value!r}")
+        if not self.snr_gamma > 0:
+            raise JaxsdError(f"snr_gamma must be above 0, not {self.snr_gamma}")
+        if not self.offset_noise >= 0:
+            raise JaxsdError(f"offset_noise must be at least 0, not {self.offset_noise}")
+
+
+def denoising_loss(
+    net: Net,
+    params: Params,
+    schedule: Schedule,
+    x0: Float[Array, "b h w c"],
+    conditioning: dict[str, Any],
+    key: jax.Array,
+    options: Denoising,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean over a batch of the weighted error of the prediction of z_t = alpha x0 + sigma eps.
+
+    t, eps and dropout are drawn from `key`; `conditioning` is what else the network is told. The
+    loss comes with its mean in each quarter of time, "loss_t0" (clean) to "loss_t3" (noise).
+    """
+    key_t, key_eps, key_dropout = jax.random.split(key, 3)
+    t = schedule.random_times(key_t, len(x0), options.time == "continuous")
+    eps = _noise(key_eps, x0.shape, options)
+    error = _error(net, params, schedule, x0, eps, t, conditioning, options, key_dropout)
+    first, length = _times(schedule, options)
+    bucket = jnp.minimum((BUCKETS / length * (t - first)).astype(jnp.int32), BUCKETS - 1)
+    # A quarter of the batch is expected in each. Counted on as if it were so, the mean over devices
+    # and parts of a batch is right, also where a quarter has no example.
+    shares = {
+        f"loss_t{i}": BUCKETS * jnp.where(bucket == i, error, 0.0).mean() for i in range(BUCKETS)
+    }
+    return error.mean(), shares
+
+
+def loss_by_bucket(
+    net: Net,
+    params: Params,
+    schedule: Schedule,
+    x0: Float[Array, "b h w c"],
+    conditioning: dict[str, Any],
+    keys: Key[Array, " b"],
+    options: Denoising,
+    buckets: int = BUCKETS,
+) -> Float[Array, "{buckets} b"]:
+    """For held-out pictures: the loss of each, once in every bucket, without dropout.
+
+    Bucket i is the i-th of equal parts of time, 0 the cleanest; times are uniform in it. A picture
+    has its own key, so that its times and its noise are the same in whatever batch it comes.
+    """
+    first, length = _times(schedule, options)
+
+    def one(bucket: jax.Array) -> jax.Array:
+        key_t, key_eps = jax.vmap(
+            lambda key: jax.random.split(jax.random.fold_in(key, bucket)), out_axes=1
+        )(keys)
+        share = (bucket + jax.vmap(jax.random.uniform)(key_t)) / buckets
+        t = length * share
+        if options.time == "discrete":
+            t = jnp.minimum(jnp.floor(t), length - 1)
+        eps = jax.vmap(lambda key: _noise(key, x0.shape[1:], options))(key_eps)
+        return _error(net, params, schedule, x0, eps, first + t, conditioning, options)
+
+    return jax.lax.map(one, jnp.arange(buckets, dtype=jnp.float32))
+
+
+def _error(
+    net: Net,
+    params: Params,
+    schedule: Schedule,
+    x0: Float[Array, "b h w c"],
+    eps: Float[Array, "b h w c"],
+    t: Float[Array, " b"],
+    conditioning: dict[str, Any],
+    options: Denoising,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, " b"]:
+    """The weighted mean square error of the prediction for each picture."""
+    kind = schedule.prediction_type
+    if kind == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+        raise JaxsdError(
+            "zero terminal SNR needs prediction_type v_prediction or sample: noise alone says "
+            "nothing of the picture to a network that predicts noise"
+        )
+    x0 = x0.astype(jnp.float32)
+    alpha, sigma = schedule.alpha_sigma(t)
+    weight = loss_weight(options.weighting, kind, alpha, sigma, options.snr_gamma)
+    alpha, sigma = (a[:, None, None, None] for a in (alpha, sigma))
+    z = (alpha * x0 + sigma * eps).astype(options.dtype)
+    prediction = net(params, z, t, dropout_key=dropout_key, **conditioning).astype(jnp.float32)
+    target = prediction_target(kind, x0, eps, alpha, sigma)
+    return weight * jnp.square(prediction - target).mean((1, 2, 3))
+
+
+def _noise(key: jax.Array, shape: tuple[int, ...], options: Denoising) -> jax.Array:
+    """[..., h, w, c]"""
+    eps = jax.random.normal(key, shape, jnp.float32)
+    if not options.offset_noise:
+        return eps
+    shape = (*shape[:-3], 1, 1, shape[-1])
+    offset = jax.random.normal(jax.random.fold_in(key, 1), shape, jnp.float32)
+    return eps + options.offset_noise * offset
+
+
+def _times(schedule: Schedule, options: Denoising) -> tuple[float, int]:
+    """The first training time, and over how many the rest are spread: `Schedule.random_times`."""
+    n = schedule.num_train_timesteps
+    if options.time == "discrete":
+        return float(schedule.continuous), n
+    return 0.0, n if schedule.continuous else n - 1

@@ -1,48 +1,121 @@
-"""`jaxsd evaluate MODEL`: a model of digits against the 450 held-out scans, beside controls."""
+"""`jaxsd evaluate MODEL`: what a model draws against real pictures, in figures.
+
+A model of digits is held to the 450 held-out scans, beside controls. With --data any model is held
+to a folder of pictures: FID and KID on Inception's features, and CLIP score.
+"""
 
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import tyro
 
+from jaxsd.errors import JaxsdError
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure a model of digits against the held-out scans."""
+    """Measure a model against real pictures: digits against the held-out scans, others by --data.
+
+    Distances need equal counts to be compared, and the same pictures, features and steps.
+    """
 
     model: tyro.conf.Positional[str] = "digits-ddpm"
-    """A model that ships (digits, digits-ddpm), or a folder."""
+    """A model that ships (digits, digits-ddpm), a folder, a single file or a Hub id."""
     count: int | None = None
-    """Pictures for each sampling seed; by default 2000 scans or 1000 coloured pictures."""
-    sampling_seeds: int = 3
-    """How many times to draw them: the spread is over these."""
+    """Pictures for each sampling seed; by default 2000 scans, 1000 coloured pictures or, with
+    --data, as many as there are real ones."""
+    sampling_seeds: int | None = None
+    """How many times to draw them: the spread is over these. By default 3, or 1 with --data."""
     steps: int = 50
     sampler: str = "ddim"
     guidance_scale: tuple[float, ...] | None = None
-    """One or several; by default 1 for scans and 3 for coloured pictures."""
+    """One or several; by default 1 for scans, 3 for coloured pictures and 7.5 with --data."""
     controls: bool = True
-    """Also the real scans, per-class Gaussian, class means, ... measured by the same code."""
+    """Also the real scans, per-class Gaussian, class means, ... measured by the same code; with
+    --data the CLIP score of the real pictures."""
     negative_prompts: int = 0
-    """With a text model: also draw this many of "a seven" for each colour as negative prompt."""
+    """With a text model of digits: also draw this many of "a seven" for each colour as negative
+    prompt."""
+    data: str | None = None
+    """Real pictures with captions, which are the prompts: a folder, tar shards, Parquet, ..."""
+    caption_column: str | None = None
+    """The column of captions; by default text, caption, prompt, or the only one there is."""
+    holdout: float = 0.0
+    """Of --data, only what a training with this --holdout never sees; 0 for all. Where folders or
+    shards are named after splits, always validation or else test."""
+    inception: Path | None = None
+    """Weights for FID and KID: pytorch-fid's pt_inception-2015-12-05-6726825d.pth."""
+    statistics: Path | None = None
+    """A file (.npz) of the real pictures' features: read if it is there (pytorch-fid's will do),
+    else written."""
+    clip: Path | None = None
+    """A CLIPModel's folder for the CLIP score, with its tokenizer and preprocessor_config.json."""
+    batch_size: int | None = None
+    """Pictures at a time; by default 100 digits, or 8 with --data."""
     json: bool = False
     """Print JSON instead of a table."""
+
+    def __post_init__(self):
+        for name in ("count", "sampling_seeds", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise JaxsdError(f"{name} must be at least 1, not {value}")
 
 
 def run(options: Options) -> dict[str, Any]:
     """Every row of the report: figures, or (mean, standard deviation over sampling seeds)."""
-    from jaxsd import components, pipeline
-    from jaxsd.evaluation import models, report
+    from jaxsd import pipeline
 
     pipe = pipeline.load(options.model)
-    pixel = models.is_pixel_model(pipe)
-    how = models.Sampling(
-        count=options.count or (2000 if pixel else 1000),
-        steps=options.steps,
-        sampler=options.sampler,
-        sampling_seeds=tuple(range(options.sampling_seeds)),
+    if options.data is not None:
+        return _against_pictures(pipe, options)
+    pictures = ("inception", "statistics", "clip", "holdout", "caption_column")
+    if needless := [name.replace("_", "-") for name in pictures if getattr(options, name)]:
+        raise JaxsdError(f"--{needless[0]} needs --data, real pictures to measure against")
+    return _digits(pipe, options)
+
+
+def _against_pictures(pipe: Any, options: Options) -> dict[str, Any]:
+    from jaxsd.evaluation import clip_score, features, real, report, samples
+
+    if options.inception is None and options.clip is None:
+        raise JaxsdError("--data needs --inception for FID and KID, or --clip for the CLIP score")
+    if options.statistics is not None and options.inception is None:
+        raise JaxsdError("--statistics are of Inception's features: give --inception, too")
+    chosen = real.open_real(
+        str(options.data), pipe.default_size, options.caption_column, options.holdout
     )
+    clip = None if options.clip is None else clip_score.load_judge(options.clip)
+    how = _sampling(options, options.count or len(chosen), 1, 8)
+    prompts = chosen.captions(how.count)
+    by = samples.Measures(clip=clip)
+    if options.inception is not None:
+        known = features.inception(options.inception)
+        counts = range(len(chosen) + 1)  # some may be broken
+        reference = samples.reference(chosen.batches, known, options.statistics, counts)
+        by = dataclasses.replace(by, features=known, reference=reference)
+    rows: dict[str, Any] = {}
+    for scale in options.guidance_scale or (7.5,):
+        how = dataclasses.replace(how, guidance_scale=scale)
+        measured = [
+            samples.measure(pipe, prompts, dataclasses.replace(how, sampling_seeds=(seed,)), by)[0]
+            for seed in how.sampling_seeds
+        ]
+        rows[f"{options.model}, guidance {scale:g}"] = report.summarise(measured)
+    if options.controls and clip is not None:
+        rows["real pictures"] = chosen.score(clip)
+    result = {"sampling": dataclasses.asdict(how), "rows": rows, "real": len(chosen)}
+    return result | {"skipped": chosen.skipped}
+
+
+def _digits(pipe: Any, options: Options) -> dict[str, Any]:
+    from jaxsd import components
+    from jaxsd.evaluation import models, report
+
+    pixel = models.is_pixel_model(pipe)
+    how = _sampling(options, options.count or (2000 if pixel else 1000), 3, 100)
     rows: dict[str, Any] = {}
     for scale in options.guidance_scale or ((1.0,) if pixel else (3.0,)):
         how = dataclasses.replace(how, guidance_scale=scale)
@@ -59,6 +132,18 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
+def _sampling(options: Options, count: int, seeds: int, batch_size: int) -> Any:
+    from jaxsd.evaluation.models import Sampling
+
+    return Sampling(
+        count=count,
+        steps=options.steps,
+        sampler=options.sampler,
+        sampling_seeds=tuple(range(options.sampling_seeds or seeds)),
+        batch_size=options.batch_size or batch_size,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parses the options of `jaxsd evaluate` and prints the report."""
     from jaxsd.evaluation import report
@@ -68,12 +153,17 @@ def main(argv: list[str] | None = None) -> None:
     if options.json:
         print(json.dumps(_no_nan(result), indent=2))
         return
-    how = result["sampling"]
+    how, real = result["sampling"], result.get("real")
     print(
         f"{how['count']} samples for each of {len(how['sampling_seeds'])} sampling seeds, "
-        f"{how['steps']} {how['sampler']} steps; ± is the spread over sampling seeds\n"
+        f"{how['steps']} {how['sampler']} steps; ± is the spread over sampling seeds"
     )
-    print(report.format_table(result["rows"]))
+    if real is not None:
+        # None may have been looked at: their features may come from a file
+        broken = len(result["skipped"])
+        told = f", {broken} of which cannot be read" if broken else ""
+        print(f"against {real} real pictures{told}")
+    print("\n" + report.format_table(result["rows"]))
     if shot := result.get("zero_shot"):
         said = ", ".join(f"{name} {share:.1%}" for name, share in shot.items())
         print(f"\nCLIP, zero-shot on the held-out scans: {said}")

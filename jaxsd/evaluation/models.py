@@ -1,7 +1,7 @@
 """Draws pictures from a model of digits and measures them (`report.py` says how)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsd.components import Component
 from jaxsd.data import digits
-from jaxsd.errors import JaxsdError
+from jaxsd.errors import Diverged, JaxsdError
 from jaxsd.evaluation import report
 from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import Tokenizer
@@ -32,12 +32,24 @@ class Sampling:
 def draw(
     pipe: Pipeline, prompts: Sequence[str], how: Sampling, seed: int, negative_prompt: str = ""
 ) -> np.ndarray:
-    """uint8 pictures [n, h, w, c], one of each prompt, in batches of one shape.
+    """uint8 pictures [n, h, w, c], one of each prompt: all batches of `draw_batches`."""
+    return np.concatenate(list(draw_batches(pipe, prompts, how, seed, negative_prompt)))
+
+
+def draw_batches(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    how: Sampling,
+    seed: int,
+    negative_prompt: str = "",
+    place: Callable[[jax.Array], jax.Array] = lambda noise: noise,
+) -> Iterator[np.ndarray]:
+    """uint8 pictures [b, h, w, c], one of each prompt, in batches of one shape.
 
     Picture i has the seed 1,000,000 * seed + i. At guidance scale 1 the unconditional half is left
-    out: it would be multiplied by zero.
+    out: it would be multiplied by zero. place: puts the noise where the pictures are to be drawn.
+    Diverged if they are not finite.
     """
-    pictures = []
     for start in range(0, len(prompts), how.batch_size):
         chosen = list(prompts[start : start + how.batch_size])
         missing = how.batch_size - len(chosen)
@@ -45,7 +57,7 @@ def draw(
         seeds = [1_000_000 * seed + start + i for i in range(len(chosen))]
         guided = how.guidance_scale != 1
         latents = pipe.denoise(
-            pipe.noise(seeds),
+            place(pipe.noise(seeds)),
             pipe.encode(chosen),
             pipe.encode([negative_prompt] * len(chosen)) if guided else None,
             steps=how.steps,
@@ -53,8 +65,9 @@ def draw(
             sampler=how.sampler,
             seeds=seeds,
         )
-        pictures.append(pipe.decode_array(latents)[: how.batch_size - missing])
-    return np.concatenate(pictures)
+        if not jnp.isfinite(latents).all():
+            raise Diverged("the model draws NaN or infinity: it has diverged")
+        yield pipe.decode_array(latents)[: how.batch_size - missing]
 
 
 def is_pixel_model(pipe: Pipeline) -> bool:

@@ -33,6 +33,15 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "stroke_accuracy": ("stroke acc", 3),
     "background_accuracy": ("background acc", 3),
     "all_right": ("all right", 3),
+    "fid": ("FID", 2),
+    "kid": ("KID", 5),
+    "kid_spread": ("KID sd of subsets", 5),
+    "kid_all": ("KID of all", 5),
+    "fd": ("FD feat", 2),
+    "kd": ("KD feat", 5),
+    "kd_spread": ("KD sd of subsets", 5),
+    "kd_all": ("KD of all", 5),
+    "clip_score": ("CLIP score", 2),
 }
 
 

@@ -252,6 +252,13 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys):
     assert "learning_rate" in out and "parameters" in out and "MiB" in out
 
 
+def test_a_dry_run_of_several_processes_tells_once(tmp_path, capsys, monkeypatch):
+    """Each makes the tokenizer for itself, in a folder of its own."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    done = call(capsys, "train", "clip", "--workdir", tmp_path / "run", "--dry-run")
+    assert done == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -260,12 +267,37 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys):
         (("ddpm", "--class-dropout", 1.5), ["class_dropout", "1.5"]),
         (("vae", "--family", "digits-ddpm"), ["digits-ddpm", "VAE"]),
         (("text-to-image",), ["--vae", "--text-encoder"]),
+        (("ddpm", "--workdir", "gs://bucket/run"), ["gs://bucket/run", "workdir"]),
     ],
 )
 def test_what_train_refuses(arguments, said, tmp_path, capsys):
-    line = refused(capsys, "train", *arguments, "--workdir", tmp_path / "run")
+    recipe, *rest = arguments
+    line = refused(capsys, "train", recipe, "--workdir", tmp_path / "run", *rest)
     assert all(word in line for word in said), line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_training_is_left_as_it_is(tmp_path, capsys):
+    """Also by a recipe that writes into it what it is built of."""
+    weights.write_json(tmp_path / "config.json", {"recipe": "CLIP", "family": "sd1"})
+    line = refused(capsys, "train", "clip", "--workdir", tmp_path)
+    assert "family 'sd1', now 'digits'" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_training_starts_from_does_not_stay_on_the_first_device(tmp_path, monkeypatch):
+    """Where it would lie beside the share that this device has of the state."""
+    built = []
+    monkeypatch.setattr("jaxsd.training.train", lambda objective, *_, **__: built.append(objective))
+    with jax.default_device(jax.devices()[3]):  # as if it were a GPU, and the others its host
+        run_command("train", ["text-to-image", "--model", "digits", "--workdir", str(tmp_path)])
+        [objective] = built
+        state = {"unet": objective.init(jax.random.key(0)), **objective.towers.params}
+        for array in jax.tree.leaves(state):
+            assert array.devices() == {jax.devices()[0]}
+        pipe = objective.pipeline(jax.device_put(state["unet"], jax.devices()[3]))
+        latents = jax.device_put(pipe.noise([0]), jax.devices()[3])
+        assert pipe.decode_array(latents).shape == (1, 32, 32, 3)
 
 
 def test_evaluate_prints_json(capsys):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from jaxsd.cli.together import NAMES, Together
 from jaxsd.errors import JaxsdError
 
 T = TypeVar("T")
@@ -17,8 +18,8 @@ Several = Annotated[tuple[T, ...], tyro.conf.UseAppendAction]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Make pictures from prompts, and from pictures."""
+class Options(Together):
+    """Make pictures from prompts, and from pictures; several processes share them out."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]]
     """What to draw, one or several; (word:1.3) weighs a word. A pixel model takes the names of its
@@ -108,13 +109,19 @@ class Job:
 
 
 def run(options: Options) -> list[Path]:
-    """Makes the pictures and returns where they are: the grid, if there is one, last."""
+    """Makes the pictures and returns where they are: the grid, if there is one, last.
+
+    Of several processes each makes, and returns, its own batches, and there is no grid.
+    """
+    import jax
     import numpy as np
 
+    from jaxsd import processes
     from jaxsd.pictures import tile
     from jaxsd.previews import previewer
 
     _check(options)
+    options.meet()
     pipe, refiner = _load(options)
     if not options.prompts and pipe.takes_prompts:
         raise JaxsdError('give at least one prompt, such as "a red seven on a white background"')
@@ -124,9 +131,10 @@ def run(options: Options) -> list[Path]:
     sampler = options.sampler or pipe.default_sampler
     last = int(pipe.plan_steps(sampler, options.steps)[0].count)
     jobs = [Job(p, options.seed + i) for p in prompts for i in range(options.num_images)]
-    number = _next_number(options.out)
+    number = processes.agree(_next_number(options.out))
     paths, arrays = [], []
-    for batch in _batches(jobs, options.batch_size):
+    batches = list(enumerate(_batches(jobs, options.batch_size)))
+    for rank, batch in batches[jax.process_index() :: jax.process_count()]:
         frames: list[Any] = []
 
         def look(i: int, t: float, latents: Any, frames=frames) -> None:
@@ -145,7 +153,7 @@ def run(options: Options) -> list[Path]:
             **settings,
         )
         for i, job in enumerate(batch):
-            stem = f"{number + len(paths):05}-{_slug(job.prompt)}-seed{job.seed}"
+            stem = f"{number + rank * options.batch_size + i:05}-{_slug(job.prompt)}-seed{job.seed}"
             notes = dataclasses.asdict(job) | _notes(options, sampler)
             width, height = pictures[i].size
             notes |= {"height": height, "width": width}
@@ -154,7 +162,7 @@ def run(options: Options) -> list[Path]:
             if frames:
                 strip = tile([frame[i] for frame in frames], len(frames))
                 write_png(strip, options.out / f"{stem}-preview.png", notes)
-    if len(paths) > 1:
+    if len(paths) > 1 and jax.process_count() == 1:
         columns = options.num_images if options.num_images > 1 else None
         grid = options.out / f"{number:05}-grid.png"
         notes = {"prompts": list(prompts), "seed": options.seed}
@@ -219,7 +227,7 @@ def _settings(options: Options, pipe: Any, prompts: Sequence[str]) -> dict[str, 
 
 # Of the options what does not make the picture.
 NOT_NOTED = ("prompts", "seed", "num_images", "batch_size", "out", "json", "height", "width")
-NOT_NOTED += ("preview_every", "preview_with")
+NOT_NOTED += ("preview_every", "preview_with", *NAMES)
 
 
 def _notes(options: Options, sampler: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The recipes of `train.py`, one file each: options in, an objective and its batches out."""

@@ -1,5 +1,6 @@
 """The README is true: its commands and its Python run as they stand there."""
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -49,17 +50,34 @@ def test_sample_commands(line, tmp_path, monkeypatch, capsys):
             image.verify()
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS if " train.py " in c and "runs/" in c])
-def test_train_commands_build_what_they_train(line, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    arguments = shlex.split(line)[2:]
-    for i, argument in enumerate(arguments):
-        # In place of what earlier commands would have left: the model that ships
-        if argument.startswith("runs/") and argument.endswith("/model"):
-            arguments[i] = str(PRETRAINED / "digits")
-    run_command("train", [*arguments, "--dry-run"])
+TRAININGS = [shlex.split(c)[2:] for c in COMMANDS if " train.py " in c and "runs/" in c]
+ENCODINGS = [arguments for arguments in TRAININGS if arguments[0] == "encode"]
+
+
+def of_what_ships(arguments):
+    """In place of the models that earlier commands would have left: the one that ships."""
+    shipped = str(PRETRAINED / "digits")
+    return [shipped if re.fullmatch("runs/.*/model", word) else word for word in arguments]
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A folder where the README's `train.py encode` has run, though on few pictures."""
+    folder = tmp_path_factory.mktemp("encoded")
+    with contextlib.chdir(folder):
+        for arguments in map(of_what_ships, ENCODINGS):
+            arguments[arguments.index("--count") + 1] = "8"
+            run_command("train", [*arguments, "--batch-size", "8"])
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [a for a in TRAININGS if a not in ENCODINGS], ids=" ".join)
+def test_train_commands_build_what_they_train(arguments, encoded, monkeypatch, capsys):
+    monkeypatch.chdir(encoded)
+    before = sorted(encoded.rglob("*"))
+    run_command("train", [*of_what_ships(arguments), "--dry-run"])
     assert "parameters" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert sorted(encoded.rglob("*")) == before
 
 
 def test_pictures_are_there():

@@ -224,21 +224,14 @@ def assert_all_end(session, seconds=20):
     assert not left
 
 
-@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
-def test_killed_and_resumed(how, workers, folder, reference, tmp_path):
+def test_killed_and_resumed(folder, reference, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    process = start_run(folder, out, 0, workers, tmp_path)
-    assert len(alive(process.pid)) >= 1 + workers
-    if how == signal.SIGINT:  # as a terminal sends it: to all of them
-        os.killpg(process.pid, how)
-    else:
-        process.kill()
-    _, said = process.communicate(timeout=60)
+    process = start_run(folder, out, 0, 2, tmp_path)
+    assert len(alive(process.pid)) >= 3
+    process.kill()
+    process.communicate(timeout=60)
     assert_all_end(process.pid)
-    if how == signal.SIGINT:
-        assert said.rstrip().endswith("KeyboardInterrupt") and said.count("Traceback") == 1
-        assert "Exception ignored" not in said and "leaked" not in said
     done = sorted(int(file.stem) for file in out.glob("*.npz"))[:-1]  # the last may be half written
     rest = make(opened(folder), done[-1] + 1, 16) if done[-1] < 15 else []
     before = [dict(np.load(out / f"{number}.npz")) for number in done[:16]]

@@ -87,7 +87,8 @@ class TensorBoard(Tracker):
         from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"))
+        runs = sum(1 for _ in folder.iterdir())  # two that begin in one second would share a name
+        self._file = EventsWriter(str(folder / "events"), f".{runs:04}")
         self._write(last + 1, session_log=SessionLog(status=SessionLog.START))  # hides older ones
         self._file.flush()
 

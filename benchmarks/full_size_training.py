@@ -9,10 +9,8 @@ and, if there are so many, runs it on random weights. State and gradients are fl
 import dataclasses
 import resource
 import time
-from typing import Any
 
 import jax
-import numpy as np
 import tyro
 from latents import Latents
 
@@ -54,7 +52,7 @@ def main(options: Options) -> None:
     optimizer = training.make_optimizer(recipe)
     shapes = jax.eval_shape(lambda: training.init_state(objective, optimizer, recipe))
     state, aux = spread(shapes, recipe, mesh)
-    batch = sharding.split(_batch(objective, options), mesh)
+    batch = sharding.split(objective.batch(options.batch, options.size), mesh)
     trained = sum(x.size for x in state.params.values())
     print(f"{options.model}: {trained / 1e6:,.0f} of {objective.net.size / 1e6:,.0f} M parameters")
     print(f"{options.batch} x {options.size} px, {options}")
@@ -83,13 +81,6 @@ def main(options: Options) -> None:
         print(f"step {int(state.step)}: {seconds:.1f} s, loss {loss:.4f}, gradient norm {norm:.3f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak resident memory {peak / GIB:.2f} GiB, compiling included")
-
-
-def _batch(objective: Latents, options: Options) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    shapes = objective.shapes(options.batch, options.size)
-    batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in shapes.items()}
-    return batch | {"logvar": np.full_like(batch["logvar"], -10)}
 
 
 def _available() -> int:

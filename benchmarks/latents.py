@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsd import families
 from jaxsd.models import UNet, UNetConfig
@@ -43,6 +44,13 @@ class Latents:
         shapes = {"mean": latents, "logvar": latents, **told}
         return {name: jax.ShapeDtypeStruct(shape, jnp.float16) for name, shape in shapes.items()}
 
+    def batch(self, rows: int, side: int) -> dict[str, np.ndarray]:
+        """Made up: as random as latents and text states are, of moments that are nearly sure."""
+        rng = np.random.default_rng(0)
+        shapes = self.shapes(rows, side)
+        batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in shapes.items()}
+        return batch | {"logvar": np.full_like(batch["logvar"], -10)}
+
     def init(self, key: jax.Array) -> Params:
         return self.net.init(key) if self.initial is None else self.initial
 
@@ -61,9 +69,3 @@ class Latents:
             key,
             Denoising(dtype=self.dtype),
         )
-
-    def preview(self, params: Params) -> None:
-        return None
-
-    def export(self, params: Params, folder: Any) -> None:
-        raise NotImplementedError

@@ -14,38 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from latents import Latents
 
-from jaxsd.diffusion.schedule import Schedule
-from jaxsd.families import get_family
-from jaxsd.models import UNet
-from jaxsd.nn import Net
-from jaxsd.objectives.denoising import Denoising, denoising_loss
+from jaxsd.families import Family, get_family
 from jaxsd.training import Options, compiler_options, init_state, make_optimizer, make_step
 
 ROUNDS = 5
-SIZE = 32  # of the latents
+SIDE = 256  # of the pictures, in pixels
 
 
-class Latents:
-    """Fine-tuning of a UNet alone, on latents and text states made up."""
-
-    def __init__(self, config: Any, dtype: str):
-        self.net, self.aux, self.options = Net(UNet(config)), (), Denoising(dtype=dtype)
-
-    def init(self, key: jax.Array) -> dict[str, jax.Array]:
-        return self.net.init(key)
-
-    def loss(self, params: Any, aux: Any, batch: Any, now: Any) -> Any:
-        text = {"encoder_hidden_states": batch["text"]}
-        return denoising_loss(
-            self.net, params, Schedule(), batch["latents"], text, now.key, self.options
-        )
-
-
-def compiled(config: Any, dtype: str, remat: str, batch: Any) -> tuple[Any, Any]:
+def compiled(family: Family, dtype: str, remat: str, batch: Any) -> tuple[Any, Any]:
     """The step as a program, and how to make the state that it starts from."""
-    options = Options(10, batch_size=len(batch["text"]), dtype=dtype, remat=remat)
-    objective, optimizer = Latents(config, dtype), make_optimizer(options)
+    options = Options(10, batch_size=len(batch["mean"]), dtype=dtype, remat=remat)
+    objective, optimizer = Latents(family, dtype), make_optimizer(options)
 
     def start() -> Any:
         return init_state(objective, optimizer, options)
@@ -61,19 +42,16 @@ def main() -> None:
     parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--batch-size", type=int, default=2)
     arguments = parser.parse_args()
-    config = get_family("sd1").unet
+    family, b = get_family("sd1"), arguments.batch_size
     if not arguments.full_size:
-        config = dataclasses.replace(config, block_out_channels=(96, 192, 384, 384))
-    rng, b = np.random.default_rng(0), arguments.batch_size
-    batch = {
-        "latents": jnp.asarray(rng.normal(size=(b, SIZE, SIZE, 4)), jnp.float32),
-        "text": jnp.asarray(rng.normal(size=(b, 77, 768)), jnp.float32),
-    }
+        narrow: Any = dataclasses.replace(family.unet, block_out_channels=(96, 192, 384, 384))
+        family = dataclasses.replace(family, unet=narrow)
+    batch = jax.tree.map(jnp.asarray, Latents(family).batch(b, SIDE))
     print(f"| {jax.devices()[0].device_kind}, batch {b} | remat | MiB | step time | 10 – 90 % |")
     print("| --- | --- | --- | --- | --- |")
     for dtype in ("float32", "bfloat16"):
         programs = {
-            remat: compiled(config, dtype, remat, batch) for remat in ("none", "selective", "full")
+            remat: compiled(family, dtype, remat, batch) for remat in ("none", "selective", "full")
         }
         shares = {} if arguments.full_size else ratios(programs, batch)
         for remat, (program, _) in programs.items():

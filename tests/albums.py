@@ -1,4 +1,4 @@
-"""Captioned pictures made by code, and written in every format that is read."""
+"""Captioned pictures made by code, written in every format that is read, and what comes back."""
 
 import csv
 import io
@@ -6,7 +6,10 @@ import json
 import tarfile
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from jaxsd.errors import JaxsdError
 
 SIZES = ((40, 40), (64, 32), (32, 64), (48, 40), (41, 67), (90, 33), (33, 90), (50, 50))
 
@@ -149,3 +152,14 @@ WRITERS = {
     "arrow-file": lambda folder, pictures: write_arrow(folder, pictures, stream=False),
     "array_record": write_array_records,
 }
+
+
+def refused(call, *args, **kwargs):
+    with pytest.raises(JaxsdError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def contents(source):
+    return [(source[i]["image"], source[i]["caption"]) for i in range(len(source))]

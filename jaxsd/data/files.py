@@ -5,9 +5,11 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxsd.errors import JaxsdError
 from jaxsd.weights.files import as_path, reading, replacing
@@ -22,6 +24,17 @@ class File(NamedTuple):
     path: str
     name: str
     size: int
+
+
+def locate(files: Sequence[File], starts: np.ndarray, index: int) -> tuple[File, int]:
+    """The file that holds entry `index`, and its place in there.
+
+    starts: int64 [files + 1], the number of each file's first entry. IndexError beyond the last.
+    """
+    if not 0 <= index < starts[-1]:
+        raise IndexError(index)
+    number = int(np.searchsorted(starts, index, "right")) - 1
+    return files[number], index - int(starts[number])
 
 
 def is_remote(path: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxsd.data.captions import as_caption, choose_column
-from jaxsd.data.files import READERS, File, local_copy, stamp
+from jaxsd.data.files import READERS, File, local_copy, locate, stamp
 from jaxsd.errors import JaxsdError
 
 SUFFIX = ".array_record"
@@ -84,20 +84,14 @@ class Records:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _place(self, index: int) -> tuple[File, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self.starts, index, "right")) - 1
-        return self.files[number], index - int(self.starts[number])
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file, row = self._place(index)
+        file, row = locate(self.files, self.starts, index)
         with _reading(file), _LOCK:  # not every version reads from several threads at once
             raw = _reader(file).read([row])[0]
         return decode_record(raw)
 
     def name(self, index: int) -> str:
-        file, row = self._place(index)
+        file, row = locate(self.files, self.starts, index)
         return f"{file.name}:{row}"
 
     def stamp(self) -> str:

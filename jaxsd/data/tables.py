@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxsd.data.captions import as_caption, choose_column
-from jaxsd.data.files import File, is_remote, local_copy, open_file, stamp
+from jaxsd.data.files import File, is_remote, local_copy, locate, open_file, stamp
 from jaxsd.errors import JaxsdError
 
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
@@ -34,15 +34,9 @@ class Table:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _place(self, index: int) -> tuple[File, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self.starts, index, "right")) - 1
-        return self.files[number], index - int(self.starts[number])
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns = (self.image,) if self.caption is None else (self.image, self.caption)
-        row = self.read(*self._place(index), columns)
+        row = self.read(*locate(self.files, self.starts, index), columns)
         image = row[self.image]
         if isinstance(image, dict):
             image = image.get("bytes")
@@ -52,7 +46,7 @@ class Table:
         return {"image": image, "caption": caption, "name": self.name(index)}
 
     def name(self, index: int) -> str:
-        file, row = self._place(index)
+        file, row = locate(self.files, self.starts, index)
         return f"{file.name}:{row}"
 
     def head(self, index: int, size: int) -> bytes:

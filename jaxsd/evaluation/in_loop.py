@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxsd.components import Component
 from jaxsd.errors import Diverged, JaxsdError
 from jaxsd.evaluation import samples, similarity
 from jaxsd.evaluation.features import Features
@@ -24,7 +23,7 @@ from jaxsd.evaluation.samples import Measures
 from jaxsd.evaluation.statistics import Running, distances
 from jaxsd.nn import Net, Params
 from jaxsd.pictures import tile, to_uint8
-from jaxsd.pipeline import Pipeline
+from jaxsd.pipeline import Lending, Pipeline
 from jaxsd.sharding import filled
 
 Arrays = dict[str, Any]  # parameters, in jax's or numpy's arrays
@@ -66,23 +65,18 @@ def drawn(
     measures: called once, when it is first needed, since the real pictures' features take a while.
     """
     known: list[Any] = []
-    devices = _Devices()
+    lent, devices = Lending(make_pipeline), _Devices()
     how = dataclasses.replace(how, batch_size=devices.multiple(how.batch_size))
 
     def measure(params: Arrays, step: int) -> dict[str, Any]:
-        params = devices.place(params)
         if not known:
-            prompts = cycled(held_out.prompts(), how.count)
-            known.extend([make_pipeline(params), prompts, measures()])
-        pipe, prompts, by = known
-        # Its programs are kept: a new pipeline's would be compiled anew
-        pipe.components.update(make_pipeline(params).components)
-        try:
-            found, pictures = samples.measure(pipe, prompts, how, by, devices.split)
-        except Diverged:  # which the loop deals with, if it lasts
-            return by.unknown()
-        finally:  # the copies on all devices are in training's way
-            pipe.components.update({n: Component(c.net, {}) for n, c in pipe.components.items()})
+            known.extend([cycled(held_out.prompts(), how.count), measures()])
+        prompts, by = known
+        with lent(devices.place(params)) as pipe:  # copies on all devices, no longer than this
+            try:
+                found, pictures = samples.measure(pipe, prompts, how, by, devices.split)
+            except Diverged:  # which the loop deals with, if it lasts
+                return by.unknown()
         return found | {"grid": tile(pictures)}
 
     return measure

@@ -6,6 +6,7 @@ The protocol is that of `samplers.py`: `step(predict, x, history, steps, i, nois
 import jax
 import jax.numpy as jnp
 
+from jaxsd.diffusion.schedule import Schedule
 from jaxsd.diffusion.steps import History, Noise, Predict, Step, Steps
 
 
@@ -120,16 +121,22 @@ def dpm2_ancestral(predict: Predict, x, history: History, steps: Steps, i, noise
 # --- Students that were taught to jump --------------------------------------------------------
 
 
-def lcm(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
-    """Multistep consistency sampling (Luo et al. 2023, 2310.04378): jump to x0, noise it anew.
+def boundary(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(c_skip, c_out) of a consistency function c_skip z + c_out x0, which is z at t = 0.
 
-    c_skip x + c_out x0 is x at t = 0, with t scaled by `timestep_scaling` and sigma_data = .5.
+    Luo et al. 2023 (2310.04378), section 4.1, with t times `timestep_scaling` and sigma_data = .5.
     """
+    t = t * schedule.timestep_scaling
+    width = jnp.square(t) + 0.25
+    return 0.25 / width, t / jnp.sqrt(width)
+
+
+def lcm(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
+    """Multistep consistency sampling (Luo et al. 2023, 2310.04378): jump to x0, noise it anew."""
     s = steps.at(i)
     x0, _ = predict(x, s.t, s.alpha, s.sigma)
-    t = s.t * predict.schedule.timestep_scaling
-    width = jnp.square(t) + 0.25
-    x0 = t / jnp.sqrt(width) * x0 + 0.25 / width * x
+    skip, out = boundary(predict.schedule, s.t)
+    x0 = out * x0 + skip * x
     return s.next_alpha * x0 + s.next_sigma * noise(0), history
 
 

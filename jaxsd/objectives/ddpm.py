@@ -13,8 +13,14 @@ from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import UNet, UNet2DConfig, UNetConfig, class_input
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch, Now
-from jaxsd.objectives.denoising import Denoising, denoising_loss, loss_by_bucket
-from jaxsd.pictures import tile
+from jaxsd.objectives.denoising import (
+    Denoising,
+    Example,
+    denoising_loss,
+    loss_by_bucket,
+    preview,
+    with_dropout,
+)
 from jaxsd.pipeline import Lending, Pipeline
 
 
@@ -39,38 +45,42 @@ class DDPM:
     def init(self, key: jax.Array) -> Params:
         return self.net.init(key) if self.initial is None else self.initial
 
+    def example(self, params: Params, aux: Any, batch: Batch, key: jax.Array) -> Example:
+        image = batch["image"]
+        if not self.unet.num_classes:
+            return Example(image, {}, {})
+        none = jnp.full_like(batch["label"], -1)
+        told, nothing = ({"class_labels": class_input(self.unet, labels)}
+                         for labels in (batch["label"], none))  # fmt: skip
+        return Example(image, told, nothing)
+
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
         key_class, key = jax.random.split(now.key)
-        conditioning = {}
-        if self.unet.num_classes:
-            kept = jax.random.bernoulli(key_class, 1 - self.class_dropout, batch["label"].shape)
-            labels = jnp.where(kept, batch["label"], -1)
-            conditioning["class_labels"] = class_input(self.unet, labels)
-        image = batch["image"]
+        example = self.example(params, aux, batch, key)
+        told = with_dropout(example, self.class_dropout, key_class)
         return denoising_loss(
-            self.net, params, self.schedule, image, conditioning, key, self.denoising
+            self.net, params, self.schedule, example.x0, told, key, self.denoising
         )
 
     def loss_by_bucket(self, params: Params, aux: Any, batch: Batch, keys: jax.Array) -> jax.Array:
         """For held-out pictures: `denoising.loss_by_bucket`, [buckets, b], with all labels."""
-        conditioning = {}
-        if self.unet.num_classes:
-            conditioning["class_labels"] = class_input(self.unet, batch["label"])
-        image, options = batch["image"], self.denoising
-        return loss_by_bucket(self.net, params, self.schedule, image, conditioning, keys, options)
+        example, options = self.example(params, aux, batch, keys[0]), self.denoising
+        return loss_by_bucket(
+            self.net, params, self.schedule, example.x0, example.cond, keys, options
+        )
 
     def pipeline(self, params: Params) -> Pipeline:
         return Pipeline(Component(self.net, params), self.schedule)
 
+    @property
+    def preview_prompts(self) -> list[str]:
+        """The classes; a few times nothing where there are none."""
+        return [str(label) for label in range(self.unet.num_classes)] or [""] * 4
+
     def preview(self, params: Params) -> np.ndarray:
         """Four pictures of each class, without guidance; sixteen where there are no classes."""
-        classes = self.unet.num_classes or 4
-        seeds = range(4 * classes)
-        conditioned = self.unet.num_classes > 0
         with self._lent(params) as pipe:
-            cond = pipe.encode([str(s % classes) for s in seeds]) if conditioned else {}
-            latents = pipe.denoise(pipe.noise(seeds), cond, None, steps=25, sampler="ddim")
-            return tile(pipe.decode_array(latents), classes)
+            return preview(pipe, self.preview_prompts, steps=25, guidance_scale=1.0, sampler="ddim")
 
     def export(self, params: Params, folder: str | Path) -> None:
         self.pipeline(params).save(folder)

@@ -1,16 +1,22 @@
 """The loss of every network that denoises (Ho et al. 2020): of eps, x or v, weighted by noise."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jaxsd.diffusion.denoise import Conditioning
 from jaxsd.diffusion.schedule import Schedule, prediction_target
 from jaxsd.diffusion.weighting import WEIGHTINGS, loss_weight
 from jaxsd.errors import JaxsdError
 from jaxsd.nn import Net, Params
+from jaxsd.objectives import Batch
+from jaxsd.pictures import tile
+from jaxsd.pipeline import Pipeline
 
 BUCKETS = 4  # of time, by which the loss is logged
 
@@ -36,6 +42,52 @@ class Denoising:
             raise JaxsdError(f"offset_noise must be at least 0, not {self.offset_noise}")
 
 
+class Example(NamedTuple):
+    """What a batch says to a network that denoises, and what it is told where that is left out."""
+
+    x0: jax.Array  # clean pictures or latents, [b, h, w, c]
+    cond: Conditioning
+    uncond: Conditioning  # of the same names and shapes
+
+
+class Denoiser(Protocol):
+    """An objective of a network that denoises, as far as distillation builds upon it."""
+
+    net: Net
+    schedule: Schedule
+    aux: Any
+
+    def example(self, params: Params, aux: Any, batch: Batch, key: jax.Array) -> Example:
+        """What is random about it, such as a latent's noise, is drawn from `key`."""
+        ...
+
+    def pipeline(self, params: Params) -> Pipeline:
+        """The model with these parameters."""
+        ...
+
+    @property
+    def preview_prompts(self) -> Sequence[str]:
+        """What to ask for in previews."""
+        ...
+
+
+def with_dropout(example: Example, share: float, key: jax.Array) -> Conditioning:
+    """What the network is told, left out of a random `share` of the examples (2207.12598)."""
+    dropped = jax.random.bernoulli(key, share, (len(example.x0),))
+
+    def mixed(cond: jax.Array, uncond: jax.Array) -> jax.Array:
+        return jnp.where(dropped.reshape(-1, *[1] * (cond.ndim - 1)), uncond, cond)
+
+    return jax.tree.map(mixed, example.cond, example.uncond)
+
+
+def preview(pipe: Pipeline, prompts: Sequence[str], **how: Any) -> np.ndarray:
+    """Four seeds of each prompt, side by side; how: options of `Pipeline.sample`."""
+    asked = [prompt for prompt in prompts for _ in range(4)]
+    latents = pipe.sample(asked, [0, 1, 2, 3] * len(prompts), **how)
+    return tile(pipe.decode_array(latents), 4 * max(1, len(prompts) // 4))
+
+
 def denoising_loss(
     net: Net,
     params: Params,
@@ -55,13 +107,20 @@ def denoising_loss(
     eps = _noise(key_eps, x0.shape, options)
     error = _error(net, params, schedule, x0, eps, t, conditioning, options, key_dropout)
     first, length = _times(schedule, options)
-    bucket = jnp.minimum((BUCKETS / length * (t - first)).astype(jnp.int32), BUCKETS - 1)
-    # A quarter of the batch is expected in each. Counted on as if it were so, the mean over devices
-    # and parts of a batch is right, also where a quarter has no example.
-    shares = {
+    return error.mean(), by_quarter(error, (t - first) / length)
+
+
+def by_quarter(error: Float[Array, " b"], share: Float[Array, " b"]) -> dict[str, jax.Array]:
+    """The mean error in each quarter of time: "loss_t0" (clean) to "loss_t3" (noise).
+
+    share: of the time to pure noise. A quarter of the batch is expected in each. Counted on as if
+    it were so, the mean over devices and parts of a batch is right, also where a quarter has no
+    example.
+    """
+    bucket = jnp.minimum((BUCKETS * share).astype(jnp.int32), BUCKETS - 1)
+    return {
         f"loss_t{i}": BUCKETS * jnp.where(bucket == i, error, 0.0).mean() for i in range(BUCKETS)
     }
-    return error.mean(), shares
 
 
 def loss_by_bucket(

@@ -16,8 +16,14 @@ from jaxsd.errors import JaxsdError
 from jaxsd.models import UNet, UNet2DConfig, UNetConfig
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch, Now
-from jaxsd.objectives.denoising import Denoising, denoising_loss, loss_by_bucket
-from jaxsd.pictures import tile
+from jaxsd.objectives.denoising import (
+    Denoising,
+    Example,
+    denoising_loss,
+    loss_by_bucket,
+    preview,
+    with_dropout,
+)
 from jaxsd.pipeline import Lending, Pipeline
 from jaxsd.towers import Towers
 
@@ -88,23 +94,27 @@ class TextToImage:
             for tower in (self.towers.text if self.train_text else ())
         }
 
-    def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
-        key_latent, key_caption, key = jax.random.split(now.key, 3)
-        mean, logvar, told = self._encoded(params, aux, batch)
+    def example(self, params: Params, aux: Any, batch: Batch, key: jax.Array) -> Example:
+        """The latents are drawn of their moments, all with `key`, or each with its own [b]."""
+        mean, logvar, cond = self._encoded(params, aux, batch)
+        if key.ndim:
+            noise = jax.vmap(lambda own: jax.random.normal(own, mean.shape[1:]))(key)
+        else:
+            noise = jax.random.normal(key, mean.shape)
+        latents = (mean + jnp.exp(0.5 * logvar) * noise) * self.towers.scaling_factor
         text = self._text_params(params)
         empty = self._nothing(text, aux["empty_ids"]) if self.train_text else aux["empty"]
-        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key_latent, mean.shape)
-        latents = latents * self.towers.scaling_factor
-
-        dropped = jax.random.bernoulli(key_caption, self.caption_dropout, (len(mean),))
-        conditioning = {}
-        for name, states in told.items():
-            each = dropped.reshape(-1, *[1] * (states.ndim - 1))
-            conditioning[name] = jnp.where(each, empty[name], states)
+        uncond = {name: jnp.broadcast_to(empty[name], cond[name].shape) for name in cond}
         if self.towers.xl:
-            conditioning["time_ids"] = self._time_ids(batch, mean)
+            cond["time_ids"] = uncond["time_ids"] = self._time_ids(batch, mean)
+        return Example(latents, cond, uncond)
+
+    def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        key_latent, key_caption, key = jax.random.split(now.key, 3)
+        example = self.example(params, aux, batch, key_latent)
+        told = with_dropout(example, self.caption_dropout, key_caption)
         return denoising_loss(
-            self.net, params, self.schedule, latents, conditioning, key, self.denoising
+            self.net, params, self.schedule, example.x0, told, key, self.denoising
         )
 
     def loss_by_bucket(self, params: Params, aux: Any, batch: Batch, keys: jax.Array) -> jax.Array:
@@ -112,14 +122,11 @@ class TextToImage:
 
         The latents are drawn with each picture's own key, too.
         """
-        mean, logvar, told = self._encoded(params, aux, batch)
         own = jax.vmap(lambda key: jax.random.fold_in(key, 1 << 16))(keys)
-        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(own)
-        latents = (mean + jnp.exp(0.5 * logvar) * noise) * self.towers.scaling_factor
-        if self.towers.xl:
-            told["time_ids"] = self._time_ids(batch, mean)
-        options = self.denoising
-        return loss_by_bucket(self.net, params, self.schedule, latents, told, keys, options)
+        example, options = self.example(params, aux, batch, own), self.denoising
+        return loss_by_bucket(
+            self.net, params, self.schedule, example.x0, example.cond, keys, options
+        )
 
     def _encoded(self, params: Params, aux: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Told]:
         """Mean and log variance of the latents, and what the captions tell the UNet."""
@@ -153,12 +160,9 @@ class TextToImage:
 
     def preview(self, params: Params) -> np.ndarray:
         """Four seeds of each preview prompt, at guidance 3."""
-        prompts = [prompt for prompt in self.preview_prompts for _ in range(4)]
-        seeds = [seed for _ in self.preview_prompts for seed in range(4)]
         with self._lent(params) as pipe:
-            latents = pipe.sample(prompts, seeds, steps=20, guidance_scale=3.0, sampler="ddim")
-            pictures = pipe.decode_array(latents)
-        return tile(pictures, 4 * max(1, len(self.preview_prompts) // 4))
+            prompts = self.preview_prompts
+            return preview(pipe, prompts, steps=20, guidance_scale=3.0, sampler="ddim")
 
     def export(self, params: Params, folder: str | Path) -> None:
         self.pipeline(params).save(folder)

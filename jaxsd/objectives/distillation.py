@@ -1,0 +1,146 @@
+"""What all students share: a teacher, what is drawn of a batch, and how a model is made of them.
+
+A student is an ordinary network that denoises, told what its teacher is told. It may be told the
+guidance scale as well (a UNet with `time_cond_proj_dim`); then it says in one pass what a teacher
+with guidance says in two.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsd.diffusion.denoise import Conditioning, guided
+from jaxsd.diffusion.jumps import Level
+from jaxsd.diffusion.schedule import Schedule, prediction_target
+from jaxsd.diffusion.weighting import loss_weight
+from jaxsd.errors import JaxsdError
+from jaxsd.models import guidance_scale_embedding
+from jaxsd.nn import Net, Params
+from jaxsd.objectives.denoising import Denoiser, Example, preview
+from jaxsd.pipeline import Lending, Pipeline
+
+SCALE_CHANNELS = 256  # of the embedded guidance scale, as in LCM (Luo et al. 2023)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained network that denoises: with guidance, unless it is told the scale."""
+
+    net: Net
+    params: Params
+    schedule: Schedule
+
+
+def takes_scale(net: Net) -> bool:
+    """Whether a network is told the guidance scale."""
+    return getattr(net.config, "time_cond_proj_dim", None) is not None
+
+
+def ask(
+    net: Net,
+    params: Params,
+    z: jax.Array,
+    t: jax.Array,
+    told: Conditioning,
+    scale: jax.Array | None,
+    dtype: str = "float32",
+) -> jax.Array:
+    """A network's prediction, float32 [b, h, w, c], without dropout. scale: [b], of guidance."""
+    if takes_scale(net):
+        assert scale is not None
+        w = guidance_scale_embedding(scale - 1, net.config.time_cond_proj_dim)
+        told = told | {"timestep_cond": w}
+    return net(params, z.astype(dtype), t, **told).astype(jnp.float32)
+
+
+def ask_teacher(
+    teacher: Teacher,
+    params: Params,
+    z: jax.Array,
+    t: jax.Array,
+    example: Example,
+    scale: jax.Array | None,
+    dtype: str = "float32",
+) -> jax.Array:
+    """What the teacher says when it is sampled at these guidance scales [b]; None for none."""
+    if scale is None or takes_scale(teacher.net):
+        return ask(teacher.net, params, z, t, example.cond, scale, dtype)
+
+    def network(z: jax.Array, t: jax.Array, **told: Any) -> jax.Array:
+        return ask(teacher.net, params, z, t, told, None, dtype)
+
+    conditions = [example.uncond, example.cond]
+    return guided(network, conditions, scale[None], jnp.float32(0))(z, t)
+
+
+@dataclasses.dataclass
+class Student:
+    """Base of the objectives that distil.
+
+    base: gives the student's network, its schedule, and the rest of the model; its `initial`
+    parameters are not read: a student starts as its teacher. steps: in which it is to be sampled.
+    guidance: the range from which a guidance scale is drawn for each example, None to follow the
+    teacher without guidance. dtype: in which both networks compute; the loss is float32.
+    """
+
+    base: Denoiser
+    teacher: Teacher
+    steps: int
+    guidance: tuple[float, float] | None = None
+    weighting: str = "truncated-snr"  # of `diffusion.weighting`
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        self.net: Net = self.base.net
+        self.schedule: Schedule = self.base.schedule
+        self.aux: Any = {"base": self.base.aux, "teacher": self.teacher.params}
+        self._lent = Lending(self.pipeline)
+        if self.guidance is None and (takes_scale(self.net) or takes_scale(self.teacher.net)):
+            raise JaxsdError("this network is told the guidance scale: give the range of scales")
+        if takes_scale(self.teacher.net) and not takes_scale(self.net):
+            raise JaxsdError("a student whose teacher is told the guidance scale is told it, too")
+        if self.guidance is not None and not 1 <= self.guidance[0] <= self.guidance[1]:
+            low, high = self.guidance
+            raise JaxsdError(f"guidance scales are from 1 on and rising, not {low:g} to {high:g}")
+        odd = self.teacher.net.shapes.keys() - self.net.shapes.keys()
+        if odd:
+            raise JaxsdError(f"the student's network lacks {', '.join(sorted(odd)[:3])}")
+
+    def init(self, key: jax.Array) -> Params:
+        """The teacher. How the guidance scale enters begins at zero: it says nothing yet."""
+        shapes = self.net.shapes
+        new = {name: jnp.zeros(shapes[name]) for name in shapes.keys() - self.teacher.params.keys()}
+        return {**self.teacher.params, **new}
+
+    def scales(self, key: jax.Array, count: int) -> jax.Array | None:
+        """Guidance scales [count], uniform in the range."""
+        if self.guidance is None:
+            return None
+        low, high = self.guidance
+        return jax.random.uniform(key, (count,), minval=low, maxval=high)
+
+    def error(
+        self, prediction: jax.Array, x0: jax.Array, eps: jax.Array, level: Level
+    ) -> jax.Array:
+        """The weighted mean square error [b] of what the student says, against (x0, eps)."""
+        kind = self.schedule.prediction_type
+        target = prediction_target(kind, x0, eps, *level.each())
+        weight = loss_weight(self.weighting, kind, level.alpha, level.sigma)
+        return weight * jnp.square(prediction - target).mean((1, 2, 3))
+
+    def pipeline(self, params: Params) -> Pipeline:
+        return self.base.pipeline(params)
+
+    def preview(self, params: Params) -> np.ndarray:
+        """Four pictures of each prompt, in the middle of the scales where there are several."""
+        scale = 1.0 if self.guidance is None else sum(self.guidance) / 2
+        with self._lent(params) as pipe:
+            prompts = self.base.preview_prompts
+            return preview(pipe, prompts, steps=self.steps, guidance_scale=scale)
+
+    def export(self, params: Params, folder: str | Path) -> None:
+        self.pipeline(params).save(folder)

@@ -60,7 +60,7 @@ class UNetEncoder(nnx.Module):
         class_labels: Num[Array, " b"] | Float[Array, "b k"] | None = None,
         text_embeds: Float[Array, "b p"] | None = None,
         time_ids: Num[Array, "b n"] | None = None,
-        timestep_cond: Float[Array, "b k"] | None = None,
+        timestep_cond: Float[Array, "b g"] | None = None,
     ) -> Float[Array, "b t"]:
         """The vector that every ResNet block is told: time, and what is added to it."""
         config = self.config

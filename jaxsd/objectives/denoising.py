@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class Example(NamedTuple):
     uncond: Conditioning  # of the same names and shapes
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """An objective of a network that denoises, as far as distillation builds upon it."""
 

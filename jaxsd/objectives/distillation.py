@@ -111,9 +111,6 @@ class Student:
         if self.guidance is not None and not 1 <= self.guidance[0] <= self.guidance[1]:
             low, high = self.guidance
             raise JaxsdError(f"guidance scales are from 1 on and rising, not {low:g} to {high:g}")
-        odd = self.teacher.net.shapes.keys() - self.net.shapes.keys()
-        if odd:
-            raise JaxsdError(f"the student's network lacks {', '.join(sorted(odd)[:3])}")
 
     def init(self, key: jax.Array) -> Params:
         """The teacher. How the guidance scale enters begins at zero: it says nothing yet."""

@@ -9,12 +9,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsd.diffusion import jumps
 from jaxsd.nn import Params
 from jaxsd.objectives import Batch, Now
 from jaxsd.objectives.denoising import by_quarter
 from jaxsd.objectives.distillation import Student, ask, ask_teacher
+
+RUNGS = 257  # of 128 student steps; longer ladders have programs of their own
 
 
 @dataclasses.dataclass
@@ -30,14 +33,18 @@ class Progressive(Student):
     def __post_init__(self):
         super().__post_init__()
         rungs = jumps.ladder(self.schedule, 2 * self.steps)
-        self._rungs = jumps.reverse(rungs) if self.encoder else rungs
+        rungs = jumps.reverse(rungs) if self.encoder else rungs
+        # As arguments, and of one length: then all stages are one compiled program
+        more = max(RUNGS - len(rungs.t), 0)
+        padded = jumps.Level(*(np.pad(values, (0, more), "edge") for values in rungs))
+        self.aux |= {"rungs": padded, "steps": np.int32(self.steps)}
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
         key_example, key_rung, key_eps, key_scale = jax.random.split(now.key, 4)
         example = self.example(params, aux, batch, key_example)
         x0 = example.x0
-        step = jax.random.randint(key_rung, x0.shape[:1], 0, self.steps)
-        start, middle, end = (self._rungs.at(2 * step + i) for i in range(3))
+        step = jax.random.randint(key_rung, x0.shape[:1], 0, aux["steps"])
+        start, middle, end = (aux["rungs"].at(2 * step + i) for i in range(3))
         eps = jax.random.normal(key_eps, x0.shape, jnp.float32)
         scale = self.scales(key_scale, len(x0))
         z = jumps.noised(x0, eps, start)
@@ -54,5 +61,5 @@ class Progressive(Student):
 
         said = ask(self.net, params, z, start.t, example.cond, scale, self.dtype)
         error = self.error(said, *target, start)
-        share = (step + 0.5) / self.steps
+        share = (step.astype(jnp.float32) + 0.5) / aux["steps"].astype(jnp.float32)
         return error.mean(), by_quarter(error, share if self.encoder else 1 - share)

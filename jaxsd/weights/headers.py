@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsd.errors import JaxsdError
+from jaxsd.weights import quantised
 from jaxsd.weights.entries import ITEMSIZES, Entry, row_major
 from jaxsd.weights.files import AnyPath, as_path, listing, read_json, reading
 from jaxsd.weights.legacy import MAGIC, read_legacy_header
@@ -161,4 +162,4 @@ def _parse(file: AnyPath, header: dict[str, Any], start: int) -> tuple[dict[str,
         if first != end or last < first:
             raise ValueError(f"{name} is at bytes {first} to {last}, not from {end}")
         end = last
-    return entries, end
+    return quantised.paired(entries, header.get("__metadata__")), end

@@ -148,7 +148,7 @@ def _our_steps(
     pipe.denoise(
         jnp.asarray(start),
         cond,
-        uncond,
+        None if pipe.guidance_embedded else uncond,
         steps=sampled.steps,
         guidance_scale=sampled.guidance_scale,
         sampler=sampled.sampler,

@@ -25,7 +25,7 @@ from jaxsd.conversion import share
 from jaxsd.inspection import Held, inspect
 from jaxsd.weights import quantised
 from jaxsd.weights.entries import Ranges
-from jaxsd.weights.headers import read_entries
+from jaxsd.weights.headers import choose_files, read_entries
 
 SHAPES = {"conv.weight": (24, 3, 3, 3), "linear.weight": (7, 50), "linear.bias": (7,), "scale": ()}
 ERROR = 1 / 254 + 1e-6  # of the channel's greatest weight; the rest is rounding in float32
@@ -336,6 +336,14 @@ def test_models_are_shipped(student, tmp_path, monkeypatch, capsys):
     assert "digits-4step: unet in int8" in capsys.readouterr().out
     assert set(ship.SHIPPED) >= set(hub.shipped())
     assert all(base is None or base in hub.shipped() for _, base in ship.SHIPPED.values())
+
+
+def test_eight_bits_are_taken_where_there_is_nothing_better():
+    eight = "diffusion_pytorch_model.int8.safetensors"
+    assert choose_files(["config.json", "other.safetensors", eight]) == [eight]
+    assert choose_files([eight], "fp16") == [eight]
+    assert choose_files([eight, weights.DIFFUSERS_FILE]) == [weights.DIFFUSERS_FILE]
+    assert choose_files([eight, weights.DIFFUSERS_FILE], "int8") == [eight]
 
 
 def test_the_form_is_asked_for_by_name():

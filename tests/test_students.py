@@ -14,12 +14,13 @@ from test_tasks import MASK, PICTURE, make
 
 import jaxsd
 from jaxsd.cli import run_command
+from jaxsd.denoising import told_scale
 from jaxsd.diffusion.jumps import student_schedule
 from jaxsd.diffusion.samplers import make_steps
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import GuidanceClipped, JaxsdError
 from jaxsd.families import FAMILIES
-from jaxsd.models import UNet, UNetConfig
+from jaxsd.models import UNet, UNetConfig, guidance_scale_embedding
 from jaxsd.networks import Start
 from jaxsd.pipeline import Pipeline
 
@@ -56,13 +57,15 @@ def test_scales_beyond_the_range_are_taken_as_its_ends(student):
 
 
 def test_each_image_is_told_its_own_scale_and_one_warning_is_of_all(student):
-    scales = [1.0, 5.0, 12.5, 1.0]
     with pytest.warns(GuidanceClipped, match="1, 12.5 is taken") as caught:
-        together = drawn(student, seeds=[5] * 4, guidance_scale=scales)
-    assert len(caught) == 1
-    for picture, scale in zip(together, (2.0, 5.0, 9.0, 2.0), strict=True):
-        alone = drawn(student, guidance_scale=scale)[0]
-        assert np.abs(picture - alone).max() <= 1
+        taken = student.taught_scales(np.array([1.0, 5.0, 12.5, 1.0], np.float32))
+    assert len(caught) == 1 and taken.dtype == np.float32
+    np.testing.assert_array_equal(taken, [2.0, 5.0, 9.0, 2.0])
+    told = told_scale(student.unet.config, {}, None, taken)["timestep_cond"]
+    assert told.shape == (4, 16)
+    for row, scale in zip(told, taken, strict=True):
+        alone = guidance_scale_embedding(jnp.array([scale - 1]), 16)[0]
+        np.testing.assert_allclose(row, alone, atol=1e-6)
 
 
 def test_without_a_range_any_scale_is_told(student):

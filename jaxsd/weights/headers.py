@@ -73,9 +73,10 @@ def choose_files(names: Sequence[str], variant: str | None = None) -> list[str]:
     """The form to read, of those in a folder with these files: a file, or an index and its shards.
 
     diffusers' and transformers' names are looked for in this order: the variant before the plain
-    one, safetensors before PyTorch's, whole before sharded. Empty if none is there.
+    one and eight bits last, safetensors before PyTorch's, whole before sharded. Empty if none is
+    there.
     """
-    for part in (f".{variant}", "") if variant else ("",):
+    for part in (*([f".{variant}"] if variant else []), "", f".{quantised.FORM}"):
         for stem, kind in FILES:
             if (whole := f"{stem}{part}.{kind}") in names:
                 return [whole]

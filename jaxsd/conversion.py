@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxsd.components import Component, Parts, load_parts, save_parts
 from jaxsd.errors import JaxsdError
-from jaxsd.hub import BASE, PRETRAINED, base_of
+from jaxsd.hub import BASE, PRETRAINED, shipped
 from jaxsd.vocabulary import is_kept_in
 from jaxsd.weights import ldm, quantised, single
 from jaxsd.weights.files import as_path, reading
@@ -76,7 +76,9 @@ def share(parts: Parts, base: str) -> Parts:
     A network is the same if its weights are when they are kept in the dtype that they have there.
     JaxsdError if no model of that name ships.
     """
-    there = PRETRAINED / str(base_of({BASE: base}, PRETRAINED))
+    if base not in shipped():
+        raise JaxsdError(f"base: no model that ships is {base!r}; those are {', '.join(shipped())}")
+    there = PRETRAINED / base
     own = load_parts(there, None)
     kept = {
         name: part

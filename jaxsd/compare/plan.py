@@ -73,8 +73,10 @@ def _ours_alone(folder: Path, variant: str | None) -> bool:
         return False
     if base_of(weights.read_json(folder / "model_index.json"), folder) is not None:
         return True
-    held = [component_entries(folder / name, variant)[0] for name in _parts(folder)]
-    return any(entry.scale for entries in held for entry in entries.values())
+    with contextlib.suppress(JaxsdError):  # a broken file is PyTorch's to refuse
+        held = [component_entries(folder / name, variant)[0] for name in _parts(folder)]
+        return any(entry.scale for entries in held for entry in entries.values())
+    return False
 
 
 def _parts(folder: Path) -> dict[str, Part]:

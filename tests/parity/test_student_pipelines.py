@@ -23,8 +23,11 @@ from tiny_torch import quiet, whole
 from torch_reference import nchw
 
 import jaxsd
+from jaxsd.compare.model import compare
+from jaxsd.compare.trajectory import Sampled
 from jaxsd.components import Component, make_net
 from jaxsd.diffusion.jumps import student_schedule
+from jaxsd.errors import GuidanceClipped
 
 # Torch's tensors, as diffusers turns them into arrays, are not quite up to NumPy 2.
 # diffusers wants steps_offset=1, which means nothing to trailing steps.
@@ -119,6 +122,15 @@ def test_inpainting(folder, strength, monkeypatch):
     assert_equal(
         whole(ours(PROMPTS, SEEDS, image=PICTURES, mask=MASK, strength=strength)), expected
     )
+
+
+def test_compare_asks_a_student_for_a_scale_that_it_was_taught(folder):
+    how = Sampled(2, guidance_scale=20.0)
+    with pytest.warns(GuidanceClipped, match="20 is taken"):
+        report = compare(folder / "ddim", components=[], dtypes=["float32"], sampled=how)
+    (trajectory,) = report.sections
+    assert report.agrees and len(trajectory.rows["float32"]) == 2
+    assert "guidance 9;" in trajectory.about
 
 
 def test_weights_in_eight_bits_are_ordinary_ones_when_they_are_saved(folder, tmp_path, monkeypatch):

@@ -1,33 +1,43 @@
-"""Puts the models that the README's commands trained into the package, in float16.
+"""Puts the models that the README's commands trained into the package.
 
-`python docs/ship.py` reads runs/digits-ddpm, runs/digits and runs/clip; with a name (`digits`) it
-leaves the other model as it is. Cards stay as they are.
+`python docs/ship.py` ships all of them from runs/NAME/model, digits' two towers from runs/clip;
+with names (`digits-4step`) it leaves the others as they are. Cards stay as they are.
 """
 
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
-
-import jaxsd
 from jaxsd import weights
-from jaxsd.components import load_clip
+from jaxsd.components import load_clip, load_parts, save_parts
+from jaxsd.conversion import share
 from jaxsd.hub import PRETRAINED
 
 RUNS = Path("runs")
+# name -> (dtype, the model that ships whose parts it shares)
+SHIPPED = {
+    "digits-ddpm": ("float16", None),
+    "digits": ("float16", None),
+    **{f"digits-ddpm-{n}step": ("int8", "digits-ddpm") for n in (8, 4, 2, 1)},
+    **{f"digits-{n}step": ("int8", "digits") for n in (4, 2, 1)},
+    "digits-lcm": ("int8", "digits"),
+}
 
 
 def main(names: list[str]) -> None:
     for name in names:
-        jaxsd.load(RUNS / name / "model").save(PRETRAINED / name, jnp.float16)
+        dtype, base = SHIPPED[name]
+        parts = load_parts(RUNS / name / "model")
+        parts = parts if base is None else share(parts, base)
+        save_parts(parts, PRETRAINED / name, dtype)
+        print(f"{name}: {', '.join([*parts.components, *parts.tokenizers])} in {dtype}")
     if "digits" in names:  # both towers: sampling needs them not, comparing with captions does
         clip = RUNS / "clip" / "model" / "clip"
         target = PRETRAINED / "digits" / "clip"
-        weights.save(load_clip(clip).params, target, weights.TRANSFORMERS_FILE, dtype=jnp.float16)
+        weights.save(load_clip(clip).params, target, weights.TRANSFORMERS_FILE, dtype="float16")
         weights.write_json(target / "config.json", weights.read_json(clip / "config.json"))
     files = [path for path in PRETRAINED.rglob("*") if path.is_file()]
     print(f"{sum(path.stat().st_size for path in files) / 1e6:.2f} MB in {PRETRAINED}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["digits-ddpm", "digits"])
+    main(sys.argv[1:] or list(SHIPPED))

@@ -11,7 +11,7 @@ from jaxsd import weights
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
 from jaxsd.families import get_family
-from jaxsd.hub import FOLDERS, find
+from jaxsd.hub import BASE, FOLDERS, find, part_of
 from jaxsd.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -33,7 +33,7 @@ from jaxsd.models.config import Config, short
 from jaxsd.nn import Net, Params
 from jaxsd.tokenizer import END, Tokenizer
 from jaxsd.vocabulary import TOKENIZERS, find_vocabulary, open_tokenizer, save_tokenizer
-from jaxsd.weights import single
+from jaxsd.weights import quantised, single
 from jaxsd.weights.entries import Entry
 from jaxsd.weights.files import AnyPath, as_path, listing, moving_into
 from jaxsd.weights.headers import read_entries
@@ -154,7 +154,10 @@ def save_component(
     variant: str | None = None,
     orbax: bool = False,
 ) -> None:
-    """Writes a component folder that diffusers or transformers opens; with `orbax` jaxsd alone."""
+    """Writes a component folder that diffusers or transformers opens; with `orbax` jaxsd alone.
+
+    So it is with dtype int8, whose file has a name of its own, lest others take it for weights.
+    """
     values = net.config.to_json()
     weights.write_json(folder / "config.json", values)
     name = weights.DIFFUSERS_FILE if "_class_name" in values else weights.TRANSFORMERS_FILE
@@ -163,6 +166,8 @@ def save_component(
 
         save_arrays(params, folder / ORBAX, dtype)
         return
+    if variant is None and quantised.is_asked_for(dtype):
+        variant = quantised.FORM
     if variant is not None:
         name = name.replace(".", f".{variant}.", 1)
     weights.save(params, folder, name, dtype=dtype)
@@ -214,25 +219,26 @@ def load_parts(
     index = weights.read_json(path / "model_index.json")
     named = [n for n, v in index.items() if isinstance(v, list) and v and v[0] is not None]
     known = [name for name in named if name in (*FOLDERS, "scheduler", *TOKENIZERS)]
-    if missing := [f"{name}/" for name in known if not (path / name).is_dir()]:
+    places = {name: part_of(path, name, index) for name in known}
+    if missing := [f"{name}/" for name, place in places.items() if not place.is_dir()]:
         raise JaxsdError(f"{path} lacks {', '.join(missing)}")
     if "unet" not in named:
         raise JaxsdError(f"{path}/model_index.json names no unet: not a model that jaxsd knows")
     tokenizers = {}
     for name in (name for name in TOKENIZERS if name in named):
-        place = path / name
+        place = places[name]
         if tokenizer is not None:
             place, _ = find_vocabulary(path, name, tokenizer, None)
         tokenizers[name] = open_tokenizer(place)
     return Parts(
         {
-            name: load_component(path / name, dtype, variant, sharding=sharding)
+            name: load_component(places[name], dtype, variant, sharding=sharding)
             for name in FOLDERS
             if name in named and name in only
         },
-        _read_schedule(path),
+        _read_schedule(places.get("scheduler", path / "scheduler")),
         tokenizers,
-        index,
+        {name: value for name, value in index.items() if name != BASE},
     )
 
 
@@ -305,17 +311,18 @@ def _family_configs(name: str) -> tuple[dict[str, Any], Schedule]:
 
 
 def _folder_configs(folder: AnyPath) -> tuple[dict[str, Any], Schedule]:
-    files = {name: folder / name / "config.json" for name in FOLDERS}
+    index = weights.read_json(folder / "model_index.json")
+    files = {name: part_of(folder, name, index) / "config.json" for name in FOLDERS}
     configs = {
         name: read_config(weights.read_json(file), name, str(file))
         for name, file in files.items()
         if file.is_file()
     }
-    return configs, _read_schedule(folder)
+    return configs, _read_schedule(part_of(folder, "scheduler", index))
 
 
 def _read_schedule(folder: AnyPath) -> Schedule:
-    file = folder / "scheduler" / "scheduler_config.json"
+    file = folder / "scheduler_config.json"
     return Schedule.from_json(weights.read_json(file), str(file))
 
 
@@ -333,8 +340,8 @@ def save_parts(
 
     What stood there under the same names is replaced. The folder appears whole: until the last
     file is written it has another name. In a bucket, where nothing can be renamed, model_index.json
-    comes last. dtype: float32, float16 or bfloat16, by default each array's own. variant: a part of
-    the files' names, fp16 say.
+    comes last. dtype: float32, float16 or bfloat16, by default each array's own; or int8, which
+    jaxsd alone opens. variant: a part of the files' names, fp16 say.
     """
     with moving_into(folder) as partial:
         for name, component in parts.components.items():

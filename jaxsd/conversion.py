@@ -3,19 +3,23 @@
 convert("v1-5-pruned.ckpt", "sd15/", tokenizer="openai/clip-vit-large-patch14")
 convert("sd15/", "sd15.safetensors", dtype="float16")
 convert("sd15/", "sd15-orbax/", orbax=True)
+convert("runs/student/model", "student/", dtype="int8", base="digits")
 
 Every target appears whole or not at all. Arrays keep their bits unless a dtype is asked for.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from jaxsd.components import Component, load_parts, save_parts
+from jaxsd.components import Component, Parts, load_parts, save_parts
 from jaxsd.errors import JaxsdError
-from jaxsd.weights import ldm, single
+from jaxsd.hub import BASE, PRETRAINED, shipped
+from jaxsd.vocabulary import is_kept_in
+from jaxsd.weights import ldm, quantised, single
 from jaxsd.weights.files import as_path, reading
 from jaxsd.weights.tensors import as_dtype, write
 
@@ -29,15 +33,17 @@ def convert(
     dtype: Any = None,
     target_variant: str | None = None,
     orbax: bool = False,
+    base: str | None = None,
     **how: Any,
 ) -> None:
     """Reads a model from wherever it is and writes it in the form that the target's name tells.
 
     target: a path that ends in .safetensors becomes a single file under CompVis' names, without
     vocabulary and schedule, for which it has no place; any other a diffusers folder, with `orbax`
-    one whose weights are Orbax checkpoints. dtype: float32, float16 or bfloat16.
-    target_variant: a part of the names of the files written into a folder, fp16 say. how: what
-    `load_parts` takes.
+    one whose weights are Orbax checkpoints. dtype: float32, float16 or bfloat16, or int8 for a
+    folder that jaxsd alone opens. target_variant: a part of the names of the files written into a
+    folder, fp16 say. base: a model that ships; a folder leaves out what is the same there (`share`)
+    and is for jaxsd alone. how: what `load_parts` takes.
 
     JaxsdError if the target exists, or cannot hold the model.
     """
@@ -45,17 +51,56 @@ def convert(
     to_file = path.suffix == ".safetensors"
     if path.suffix in PICKLES:
         raise JaxsdError(f"cannot write {path}: pickles are only read; name it .safetensors")
-    if to_file and (orbax or target_variant):
-        kind = "an Orbax model" if orbax else "what has variants"
+    eight = quantised.is_asked_for(dtype)
+    if to_file and (orbax or target_variant or eight or base):
+        kinds = {"an Orbax model": orbax, "what has variants": target_variant, "int8": eight}
+        kind = next((kind for kind, asked in kinds.items() if asked), "what shares parts")
         raise JaxsdError(f"cannot write {path}: {kind} is a folder, not one file")
+    if orbax and eight:
+        raise JaxsdError(f"cannot write {path}: Orbax keeps no int8; leave one of the two out")
     with reading(path):
         if path.exists() and (to_file or not path.is_dir() or any(path.iterdir())):
             raise JaxsdError(f"cannot write {path}: it is there already")
     parts = load_parts(source, **how)
+    if base is not None:
+        parts = share(parts, base)
     if to_file:
         save_single(parts.components, path, dtype)
     else:
         save_parts(parts, path, dtype, target_variant, orbax)
+
+
+def share(parts: Parts, base: str) -> Parts:
+    """The model without what is the same in `base`, a model that ships, which its index names.
+
+    A network is the same if its weights are when they are kept in the dtype that they have there.
+    JaxsdError if no model of that name ships.
+    """
+    if base not in shipped():
+        raise JaxsdError(f"base: no model that ships is {base!r}; those are {', '.join(shipped())}")
+    there = PRETRAINED / base
+    own = load_parts(there, None)
+    kept = {
+        name: part
+        for name, part in parts.components.items()
+        if not (there / name).is_dir() or not _same(part, own.components[name])
+    }
+    words = {
+        name: tokenizer
+        for name, tokenizer in parts.tokenizers.items()
+        if not is_kept_in(tokenizer, there / name)
+    }
+    return dataclasses.replace(
+        parts, components=kept, tokenizers=words, index=parts.index | {BASE: base}
+    )
+
+
+def _same(part: Component, other: Component) -> bool:
+    """Whether two networks and their weights are the same, in the dtype of the other's."""
+    return part.net.config == other.net.config and all(
+        np.array_equal(np.asarray(part.params[name]).astype(value.dtype), np.asarray(value))
+        for name, value in other.params.items()
+    )
 
 
 def save_single(

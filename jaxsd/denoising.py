@@ -1,5 +1,6 @@
 """The program that samples: the networks, guidance, ControlNets and blending, inside one loop."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +12,16 @@ from jaxtyping import Array, Float
 from jaxsd.diffusion import samplers
 from jaxsd.diffusion.denoise import Conditioning, guided
 from jaxsd.diffusion.schedule import Schedule
-from jaxsd.errors import JaxsdError
+from jaxsd.errors import GuidanceClipped, JaxsdError
+from jaxsd.models import UNetConfig, guidance_scale_embedding
 from jaxsd.nn import Net, Params
 from jaxsd.weights import lora
 from jaxsd.weights.lora import Live
+
+NO_UNCOND = (
+    "this model was distilled from guidance: it is told the scale and has no unconditional half, "
+    "so that a negative prompt (uncond) can do nothing: leave it out"
+)
 
 
 class Start(NamedTuple):
@@ -163,3 +170,36 @@ def chain(
         return alone
     pictures = np.full_like(scales, image_guidance_scale)
     return [uncond, image_cond, cond], np.concatenate([pictures, scales])
+
+
+def within_range(config: UNetConfig, scales: np.ndarray) -> np.ndarray:
+    """Guidance scales, those outside a student's `guidance_range` as its nearest end.
+
+    With one `GuidanceClipped` warning, which names them.
+    """
+    if config.guidance_range is None:
+        return scales
+    least, most = config.guidance_range
+    taken = np.asarray(np.clip(scales, least, most))
+    if beyond := sorted({*scales[taken != scales].tolist()}):
+        warnings.warn(
+            f"this model was distilled for guidance scales from {least:g} to {most:g}; "
+            f"{', '.join(f'{scale:g}' for scale in beyond)} is taken as the nearest of them",
+            GuidanceClipped,
+            stacklevel=3,
+        )
+    return taken
+
+
+def told_scale(
+    config: UNetConfig, cond: Conditioning, uncond: Conditioning | None, scales: np.ndarray
+) -> Conditioning:
+    """What a network distilled from guidance is told: the condition, and the scales [b] with it.
+
+    JaxsdError if there is an unconditional half, of which it knows nothing.
+    """
+    if uncond is not None:
+        raise JaxsdError(NO_UNCOND)
+    size = config.time_cond_proj_dim
+    assert size is not None
+    return cond | {"timestep_cond": guidance_scale_embedding(jnp.asarray(scales) - 1, size)}

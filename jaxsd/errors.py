@@ -1,4 +1,4 @@
-"""The one exception that reaches a user as a single line."""
+"""What reaches a user as a single line: one exception, and a warning."""
 
 
 class JaxsdError(Exception):
@@ -15,3 +15,7 @@ class ReadFailed(JaxsdError):
 
 class Diverged(JaxsdError):
     """A model gives what is not finite: there is nothing to measure."""
+
+
+class GuidanceClipped(UserWarning):
+    """A guidance scale was beyond what the model was taught; the message says what was taken."""

@@ -1,8 +1,9 @@
 """Where a model is: one that ships, a folder or a file, here or in a bucket, or on the Hub."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from jaxsd.errors import JaxsdError
 from jaxsd.weights.files import AnyPath, as_path, listing, reading
@@ -12,6 +13,9 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 # The folders of a pipeline whose networks make pictures; a safety checker, say, is not fetched.
 FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+# In a model_index.json: the name of a model that ships, whose parts stand in for those that are not
+# there. diffusers reads past what begins with an underscore, and then misses the parts.
+BASE = "_base"
 
 
 def find(model: str | PurePath, variant: str | None = None) -> AnyPath:
@@ -22,8 +26,7 @@ def find(model: str | PurePath, variant: str | None = None) -> AnyPath:
     model_index.json, or one network's, with a config.json. variant: "fp16", say: which of several
     forms is downloaded. JaxsdError if there is no such thing.
     """
-    shipped = sorted(p.parent.name for p in PRETRAINED.glob("*/model_index.json"))
-    if str(model) in shipped:
+    if str(model) in shipped():
         return PRETRAINED / str(model)
     path = as_path(model)
     with reading(path):
@@ -41,8 +44,33 @@ def find(model: str | PurePath, variant: str | None = None) -> AnyPath:
             return _fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
     raise JaxsdError(
         f"unknown model {str(model)!r}: no such folder or file, and the models that ship are "
-        f"{', '.join(shipped)}"
+        f"{', '.join(shipped())}"
     )
+
+
+def shipped() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/model_index.json"))
+
+
+def base_of(index: Mapping[str, Any], folder: AnyPath) -> str | None:
+    """The model that ships whose parts a model in `folder` shares, if its index names one.
+
+    JaxsdError for anything but such a name: nothing else is opened.
+    """
+    name = index.get(BASE)
+    if name is not None and name not in shipped():
+        raise JaxsdError(
+            f"{folder}/model_index.json: {BASE} names no model that ships; those are "
+            f"{', '.join(shipped())}"
+        )
+    return name
+
+
+def part_of(folder: AnyPath, name: str, index: Mapping[str, Any]) -> AnyPath:
+    """The folder of a part of a model, its own or its base's; perhaps it does not exist."""
+    own, base = folder / name, base_of(index, folder)
+    return own if base is None or own.is_dir() else PRETRAINED / base / name
 
 
 def _fetch(repo: str, variant: str | None) -> Path:

@@ -14,9 +14,9 @@ from pathlib import PurePath
 from typing import Any
 
 from jaxsd.errors import JaxsdError
-from jaxsd.hub import FOLDERS, PRETRAINED, find
+from jaxsd.hub import FOLDERS, PRETRAINED, base_of, find, part_of
 from jaxsd.weights import embedding_names, lora_names, single
-from jaxsd.weights.entries import DTYPES, ITEMSIZES, Entry
+from jaxsd.weights.entries import DTYPES, SCALED, Entry
 from jaxsd.weights.files import AnyPath, as_path, listing, read_json, reading
 from jaxsd.weights.headers import component_entries, read_entries
 from jaxsd.weights.orbax import FOLDER, is_orbax, read_orbax_header
@@ -67,8 +67,8 @@ def inspect(model: str | PurePath, variant: str | None = None) -> Report:
 def _held(entries: Mapping[str, Entry]) -> Held:
     counts: Counter[str] = Counter()
     for entry in entries.values():
-        counts[entry.dtype] += math.prod(entry.shape)
-    size = sum(ITEMSIZES.get(dtype, 0) * count for dtype, count in counts.items())
+        counts[entry.kind] += math.prod(entry.shape)
+    size = sum(entry.size for entry in entries.values())
     return Held(len(entries), sum(counts.values()), size, dict(counts.most_common()))
 
 
@@ -79,7 +79,7 @@ def _oddities(components: Mapping[str, Held]) -> list[str]:
         kinds = {dtype for dtype, count in held.dtypes.items() if count}
         if len(kinds & DTYPES.keys()) > 1:
             lines.append(f"{name} mixes {', '.join(sorted(kinds))}")
-        if alien := sorted(kinds - DTYPES.keys()):
+        if alien := sorted(kinds - DTYPES.keys() - {SCALED}):
             lines.append(f"{name} holds {', '.join(alien)}, which are no weights")
     return lines
 
@@ -91,18 +91,22 @@ def _inspect_folder(folder: AnyPath, variant: str | None) -> Report:
     index = read_json(folder / "model_index.json")
     named = [n for n, v in index.items() if isinstance(v, list) and v and v[0] is not None]
     held, unusual = {}, []
+    base = base_of(index, folder)
+    places = {name: part_of(folder, name, index) for name in (*FOLDERS, "scheduler")}
     for name in (n for n in FOLDERS if n in named):
         try:
-            held[name] = _held(_component_entries(folder / name, variant))
+            held[name] = _held(_component_entries(places[name], variant))
         except JaxsdError as error:
             unusual.append(str(error))
-    config = _json(folder / "unet" / "config.json")
-    schedule = _json(folder / "scheduler" / "scheduler_config.json")
+    config = _json(places["unet"] / "config.json")
+    schedule = _json(places["scheduler"] / "scheduler_config.json")
+    if shared := [name for name in held if places[name].parent != folder]:
+        unusual.append(f"{', '.join(shared)} of {base}, which ships")
     if idle := sorted({*named} - {*FOLDERS, "scheduler", "tokenizer", "tokenizer_2"}):
         unusual.append(f"not read: {', '.join(idle)}")
     family = " or ".join(_families(config, schedule)) or "unknown"
-    if folder.parent == PRETRAINED:
-        family = folder.name
+    if base is not None or folder.parent == PRETRAINED:
+        family = base or folder.name
     kind = f"diffusers folder, {_class_of(index)}"
     return Report(str(folder), kind, family, held, unusual + _oddities(held))
 

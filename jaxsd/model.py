@@ -91,6 +91,17 @@ class Model:
         return samplers.default_sampler(self.schedule)
 
     @property
+    def default_steps(self) -> int:
+        """The number of steps where none is asked for: 30, or what a student is made for."""
+        return self.schedule.default_steps or 30
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The guidance scale where none is asked for: 7.5, or what the model is made for."""
+        scale = self.schedule.default_guidance_scale
+        return 7.5 if scale is None else scale
+
+    @property
     def _towers(self) -> list[str]:
         """The names of the text encoders."""
         return [name for name in self.components if name.startswith("text_encoder")]

@@ -21,7 +21,6 @@ from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
 from jaxsd.families import latent_shape
 from jaxsd.model import Model
-from jaxsd.models.embeddings import guidance_scale_embedding
 from jaxsd.nn import Params
 from jaxsd.tiling import tiled
 from jaxsd.weights import lora
@@ -116,8 +115,8 @@ class Networks(Model):
         cond: Conditioning,
         uncond: Conditioning | None,
         *,
-        steps: int = 30,
-        guidance_scale: float | Sequence[float] = 7.5,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_rescale: float = 0.0,
         sampler: str | None = None,
         eta: float = 0.0,
@@ -133,10 +132,10 @@ class Networks(Model):
         """Runs the sampler from N(0, 1) `latents` [n, h, w, c] to clean ones.
 
         Without `uncond`, with every guidance scale at most 1, or for a model that is told nothing,
-        there is no guidance, and half the work. `seeds` (default 0 ... n-1) feed the noise that
-        some samplers add on the way. `start`: begin at noised pictures. With `denoising_start` the
-        latents are taken as another model left them at its `denoising_end`. See `sample` for the
-        rest.
+        there is no guidance, and half the work. A model that is told the scale has no `uncond`.
+        `seeds` (default 0 ... n-1) feed the noise that some samplers add on the way. `start`: begin
+        at noised pictures. With `denoising_start` the latents are taken as another model left them
+        at its `denoising_end`. See `sample` for the rest.
         """
         name = sampler or self.default_sampler
         uses_eta = samplers.get_sampler(name).uses_eta
@@ -145,15 +144,16 @@ class Networks(Model):
             raise JaxsdError(f"eta must be from 0 to 1, not {eta}, and 0 except with {known}")
         if not 0 <= guidance_rescale <= 1:
             raise JaxsdError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale}")
+        steps = self.default_steps if steps is None else steps
         strength = start.strength if start else 1.0
         grid, stop = self.plan_steps(name, steps, strength, denoising_start, denoising_end)
         first, count = int(grid.first), len(latents)
 
-        scales = _one_or_each(guidance_scale, count, "guidance_scale")
+        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        scales = _one_or_each(scale, count, "guidance_scale")
         if self.guidance_embedded:
-            size = self.unet.config.time_cond_proj_dim
-            embedded = guidance_scale_embedding(jnp.asarray(scales) - 1, size)
-            cond, uncond = cond | {"timestep_cond": embedded}, None
+            scales = self.taught_scales(scales)
+            cond = denoising.told_scale(self.unet.config, cond, uncond, scales)
         conditions, scales = denoising.chain(cond, uncond, scales, image_cond, image_guidance_scale)
         blend = None
         if start is not None and start.mask is not None:
@@ -201,6 +201,15 @@ class Networks(Model):
             x, history = advance(x, history, i, i + 1)
             callback(i, float(grid.t[i]), x)
         return x
+
+    def taught_scales(self, scales: np.ndarray) -> np.ndarray:
+        """The guidance scales, but those beyond what a student was taught as the nearest it knows.
+
+        With a `GuidanceClipped` warning.
+        """
+        if not self.guidance_embedded:
+            return scales
+        return denoising.within_range(self.unet.config, scales)
 
     def plan_steps(
         self,

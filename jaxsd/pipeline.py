@@ -18,6 +18,7 @@ from PIL import Image
 from jaxsd import pictures, tasks
 from jaxsd.components import Parts, load_component, load_parts, make_index, save_parts
 from jaxsd.conditioning import Sizes
+from jaxsd.denoising import NO_UNCOND
 from jaxsd.errors import JaxsdError
 from jaxsd.families import size_unit
 from jaxsd.hub import find
@@ -36,8 +37,8 @@ class Pipeline(Networks):
         self,
         prompts: str | Sequence[str],
         seeds: int | Sequence[int] = 0,
-        steps: int = 30,
-        guidance_scale: float | Sequence[float] = 7.5,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
         refiner: "Pipeline | None" = None,
@@ -63,6 +64,7 @@ class Pipeline(Networks):
         if options.get("mask") is not None:
             kept |= {"image": options["image"], "mask": options["mask"]}
         name = options.get("sampler") or refiner.default_sampler
+        steps = request["steps"] = self.default_steps if steps is None else steps
         refiner.plan_steps(name, steps, denoising_start=refiner_start)  # refused before any work
         half = self.sample(**request, **options, denoising_end=refiner_start)
         latents = refiner.sample(**request, **kept, latents=half, denoising_start=refiner_start)
@@ -72,8 +74,8 @@ class Pipeline(Networks):
         self,
         prompts: str | Sequence[str],
         seeds: int | Sequence[int] = 0,
-        steps: int = 30,
-        guidance_scale: float | Sequence[float] = 7.5,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
         sampler: str | None = None,
@@ -100,8 +102,9 @@ class Pipeline(Networks):
         prompts: one for all seeds, or one for each; "(word:1.3)" weighs a word. A pixel model takes
         the names of its classes ("7" or "seven"). chunks: how many times the text tower's length is
         read of each prompt; what is longer is cut with a warning. None: as often as the longest
-        prompt of the call needs. guidance_scale: one, or one for each image; 1 follows the prompt
-        as trained (at half the cost), more follows it harder.
+        prompt of the call needs. steps: by default 30, or what a student is made for.
+        guidance_scale: one, or one for each image; 1 follows the prompt as trained (at half the
+        cost), more follows it harder; by default 7.5, or what a student is made for.
 
         image: what to start from, or what an InstructPix2Pix model edits. strength: how far to
         leave it, in (0, 1], by default .8, or 1 with a mask. mask: light where the picture is to be
@@ -126,14 +129,12 @@ class Pipeline(Networks):
         # First what can be refused at once
         noise = self.noise(seeds, *size)
         tasks.check(self, given)
+        steps = self.default_steps if steps is None else steps
         self.plan_steps(name, steps, given.share, denoising_start, denoising_end)
         if latents is not None and latents.shape != noise.shape:
             raise JaxsdError(f"latents are {list(latents.shape)}, not {list(noise.shape)}")
         if self.guidance_embedded and any(negative):
-            raise JaxsdError(
-                "this model was distilled with its guidance and has no unconditional half: a "
-                "negative prompt can do nothing"
-            )
+            raise JaxsdError(NO_UNCOND)
         chunks = self.chunks([*texts, *negative]) if chunks is None else chunks
         plan = tasks.plan(
             self,
@@ -147,7 +148,7 @@ class Pipeline(Networks):
         return self.denoise(
             noise if latents is None else latents,
             plan.cond,
-            plan.uncond,
+            None if self.guidance_embedded else plan.uncond,
             image_cond=plan.image_cond,
             start=plan.start,
             steps=steps,
@@ -198,7 +199,8 @@ class Pipeline(Networks):
         """Writes a folder that diffusers opens; what stood there under the same names is replaced.
 
         LoRAs are not part of it, unless they were merged. The folder appears whole: until the last
-        file is written it has another name.
+        file is written it has another name. dtype: float32, float16 or bfloat16, by default each
+        array's own; or int8, a quarter of float32's size, which jaxsd alone opens.
         """
         configs = {name: component.net.config for name, component in self.components.items()}
         index = make_index(configs, self.schedule)

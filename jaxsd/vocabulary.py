@@ -96,9 +96,20 @@ def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath) -> None:
         _copy(Path(place), folder)
 
 
-def _copy(folder: AnyPath, target: AnyPath) -> None:
+def is_kept_in(tokenizer: Tokenizer, folder: AnyPath) -> bool:
+    """Whether the folder holds the tokenizer's files, to the last byte."""
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer.save(place)
+        return folder.is_dir() and _contents(Path(place)) == _contents(folder)
+
+
+def _contents(folder: AnyPath) -> dict[str, bytes]:
     with reading(folder):
-        files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def _copy(folder: AnyPath, target: AnyPath) -> None:
+    files = _contents(folder)
     with reading(target, "write"):
         target.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():

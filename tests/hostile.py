@@ -3,6 +3,7 @@
 Each prepares a folder and returns a function that writes one bad input, of a seed, and reads it.
 """
 
+import functools
 import json
 import os
 import pickle
@@ -123,11 +124,11 @@ def both(*readers: Callable[[], object]) -> None:
                 raise AssertionError(f"an error of several lines: {error}") from None
 
 
-def safetensors(folder: Path) -> Trial:
+def safetensors(folder: Path, dtype: str | None = None) -> Trial:
     rng = np.random.default_rng(0)
     params = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in SHAPES.items()}
     params["half"] = params["half"].astype(jnp.bfloat16)
-    whole = weights.save(params, folder, "good.safetensors").read_bytes()
+    whole = weights.save(params, folder, "good.safetensors", dtype).read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
     file = folder / "bad.safetensors"
@@ -320,7 +321,8 @@ def orbax(folder: Path) -> Trial:
 # kind -> (what makes it, its share of the inputs)
 Kind = tuple[Callable[[Path], Trial], int]
 KINDS: dict[str, Kind] = {
-    "safetensors": (safetensors, 30),
+    "safetensors": (safetensors, 22),
+    "eight bits": (functools.partial(safetensors, dtype="int8"), 8),
     "PyTorch zips": (zips, 30),
     "pickles that run code": (pickles_that_run, 15),
     "indexes": (indexes, 10),

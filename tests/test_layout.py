@@ -48,9 +48,9 @@ ALLOWED = {
         "vocabulary",
         "weights",
     ),
-    "conversion": ("components", "errors", "weights"),
+    "conversion": ("components", "errors", "hub", "vocabulary", "weights"),
     "conditioning": ("errors", "models", "nn", "tokenizer", "weights"),
-    "denoising": ("diffusion", "errors", "nn", "weights"),
+    "denoising": ("diffusion", "errors", "models", "nn", "weights"),
     "towers": ("components", "conditioning", "errors", "models", "nn", "tokenizer"),
     "encoding": ("data", "errors", "sharding", "tokenizer", "towers", "weights"),
     "model": (
@@ -81,6 +81,7 @@ ALLOWED = {
     "pipeline": (
         "components",
         "conditioning",
+        "denoising",
         "diffusion",
         "errors",
         "families",

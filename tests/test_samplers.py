@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsd.diffusion import grids, samplers
+from jaxsd.diffusion import grids, onestep, samplers
 from jaxsd.diffusion.samplers import SAMPLERS, make_steps
 from jaxsd.diffusion.schedule import Schedule
-from jaxsd.diffusion.steps import ROWS, Step, Steps, chain
+from jaxsd.diffusion.steps import ROWS, Predict, Step, Steps, chain
 from jaxsd.errors import JaxsdError
 
 LINEAR = Schedule()  # 1e-4 -> .02, eps, clipped: the schedule of diffusers' own tests
 COSINE = Schedule(beta_schedule="cosine", prediction_type="v_prediction", clip_sample=False)
+TRAILING = dataclasses.replace(
+    LINEAR, prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
+)
 NO_KEYS = jax.random.split(jax.random.key(0), 4)
 
 
@@ -67,6 +70,47 @@ def test_ddim_on_unit_gaussian_data(count, factor):
     x = run("ddim", COSINE, zero, z, count)
     np.testing.assert_allclose(x, np.cos(np.pi / 2 / count) ** count * z, atol=1e-5)
     assert abs(np.cos(np.pi / 2 / count) ** count - factor) < 1e-5
+
+
+def test_one_stochastic_step_is_ddims():
+    z = jax.random.normal(jax.random.key(1), (4, 2, 2, 1))
+    both = [run(name, COSINE, standin, z, 1) for name in ("ddim", "ddim_stochastic")]
+    np.testing.assert_array_equal(*both)
+
+
+@pytest.mark.parametrize("schedule", [COSINE, TRAILING], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_stochastic_steps_on_unit_gaussian_data(count, schedule):
+    """A step to k is a turn by phi_t - phi_k; fresh noise then fills up to s. The last is DDIM's.
+
+    What a step makes of the latents and of its noise is read off where the other is zero.
+    """
+    steps = make_steps(schedule, "ddim_stochastic", count)
+    predict, one = Predict(schedule, zero), jnp.ones((1, 1, 1, 1))
+    ends = np.append(np.asarray(steps.t[:count], np.float64), 0 if schedule.continuous else -1)
+    alpha, sigma = grids.levels(schedule, ends)
+    angle, variance = np.arctan2(sigma, alpha), 1.0
+    for i in range(count):
+        latents, noise = (
+            float(
+                onestep.ddim_stochastic(
+                    *(predict, x, (), steps, jnp.int32(i), lambda k, eps=eps: eps, 0.0)
+                )[0][0, 0, 0, 0]
+            )
+            for x, eps in ((one, 0 * one), (0 * one, one))
+        )
+        s, k = i + 1, min(i + 2, count)
+        rho = alpha[s] / alpha[k]
+        np.testing.assert_allclose(latents, rho * np.cos(angle[i] - angle[k]), rtol=1e-5)
+        np.testing.assert_allclose(noise**2, 1 - rho**2, rtol=1e-5, atol=1e-7)
+        variance = latents**2 * variance + noise**2
+    assert noise == 0
+    keys = jax.random.split(jax.random.key(3), 4)
+    x = run(
+        "ddim_stochastic", schedule, zero, samplers.initial_noise(keys, (64, 64, 4)), steps, keys
+    )
+    # 65536 numbers: the variance is known to sqrt(2 / 65536) = .55 %
+    np.testing.assert_allclose(np.asarray(x, np.float64).var(), variance, rtol=4 * 0.0055)
 
 
 SPREAD = 0.5  # the data's standard deviation
@@ -250,7 +294,8 @@ def test_the_loop_in_parts_is_the_loop(name):
 @pytest.mark.parametrize(
     "name, eta",
     [("ddpm", 0.0), ("ddim", 1.0), ("euler_ancestral", 0.0), ("dpm2_ancestral", 0.0)]
-    + [("dpmpp_2m_sde", 0.0), ("dpmpp_3m_sde", 0.0), ("lcm", 0.0), ("tcd", 0.5)],
+    + [("dpmpp_2m_sde", 0.0), ("dpmpp_3m_sde", 0.0), ("lcm", 0.0), ("tcd", 0.5)]
+    + [("ddim_stochastic", 0.0)],
 )
 def test_noise_depends_on_the_pictures_key_alone(name, eta):
     keys = jax.random.split(jax.random.key(6), 4)
@@ -328,7 +373,7 @@ def test_grids_go_from_noise_to_picture(name, spacing):
         assert np.all(next_sigma <= sigma)
         # DDIM counts T // count back, which for some counts just reaches t = 0.
         least = np.sqrt(1 - schedule.alphas_cumprod[0])
-        least = least if name in ("ddim", "pndm", "tcd") else 0
+        least = least if name in ("ddim", "ddim_stochastic", "pndm", "tcd") else 0
         assert next_sigma[-1] == 0 or abs(next_sigma[-1] - least) < 1e-6
         for a, s in ((alpha, sigma), (next_alpha, next_sigma)):
             np.testing.assert_allclose(a * a + s * s, 1, rtol=1e-6)

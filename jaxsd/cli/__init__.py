@@ -32,7 +32,7 @@ def main() -> None:
 
 def run_command(name: str, argv: list[str] | None = None) -> None:
     """Runs one command; an error that the user can mend becomes one line and exit status 2."""
-    from jaxsd.errors import JaxsdError
+    from jaxsd.errors import GuidanceClipped, JaxsdError
     from jaxsd.tokenizer import PromptTruncated
 
     # transformers, used for its tokenizer alone, would advise at every start to install torch
@@ -41,7 +41,8 @@ def run_command(name: str, argv: list[str] | None = None) -> None:
         if name not in LIGHT:
             _use_compilation_cache()
         with warnings.catch_warnings():
-            warnings.simplefilter("always", PromptTruncated)
+            for category in (PromptTruncated, GuidanceClipped):
+                warnings.simplefilter("always", category)
             warnings.showwarning = _one_line_warning
             try:
                 importlib.import_module(f"jaxsd.cli.{name}").main(argv)

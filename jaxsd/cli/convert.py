@@ -16,12 +16,14 @@ class Options:
     """A file that ends in .safetensors, or a folder."""
     orbax: bool = False
     """The target's weights as Orbax checkpoints."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """By default each array keeps its own."""
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] | None = None
+    """By default each array keeps its own. int8, a quarter of float32, is for jaxsd alone."""
     variant: str | None = None
     """Which form of the source is read, where it has several: fp16, non_ema."""
     target_variant: str | None = None
     """A part of the names of the files that are written into a folder: fp16."""
+    base: str | None = None
+    """A model that ships (digits): what is the same there is left out, and read from there."""
     family: str | None = None
     """Of a single file that does not tell: sd2, sd2-v, ..."""
     config: str | None = None

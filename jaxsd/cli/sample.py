@@ -32,9 +32,11 @@ class Options(Together):
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
     """Pictures of each prompt, with the seeds SEED, SEED + 1, ..."""
     seed: int = 0
-    steps: int = 30
-    guidance_scale: float = 7.5
-    """How hard to follow the prompt: 1 as trained, more is harder."""
+    steps: int | None = None
+    """By default 30, or what a distilled model is made for."""
+    guidance_scale: float | None = None
+    """How hard to follow the prompt: 1 as trained, more is harder. By default 7.5, or what a
+    distilled model is made for."""
     guidance_rescale: float = 0.0
     """From 0 to 1: tames the contrast of a high guidance scale."""
     sampler: str | None = None
@@ -123,13 +125,14 @@ def run(options: Options) -> list[Path]:
     _check(options)
     options.meet()
     pipe, refiner = _load(options)
+    options = _with_defaults(options, pipe)
     if not options.prompts and pipe.takes_prompts:
         raise JaxsdError('give at least one prompt, such as "a red seven on a white background"')
     prompts = options.prompts or ("",)
     preview = previewer(pipe, options.preview_with) if options.preview_every else None
     settings = _settings(options, pipe, prompts)
     sampler = options.sampler or pipe.default_sampler
-    last = int(pipe.plan_steps(sampler, options.steps)[0].count)
+    last = int(pipe.plan_steps(sampler, settings["steps"])[0].count)
     jobs = [Job(p, options.seed + i) for p in prompts for i in range(options.num_images)]
     number = processes.agree(_next_number(options.out))
     paths, arrays = [], []
@@ -199,6 +202,22 @@ def _load(options: Options) -> tuple[Any, Any]:
         each.schedule = dataclasses.replace(each.schedule, **changes)
         each.vae_tile = options.vae_tile
     return pipe, refiner
+
+
+def _with_defaults(options: Options, pipe: Any) -> Options:
+    """The options, with the model's own where they say nothing, and a scale that it was taught.
+
+    Here, so that the pictures' notes name them, and a warning comes once and not once a batch.
+    """
+    import numpy as np
+
+    steps, scale = options.steps, options.guidance_scale
+    scale = np.asarray(pipe.default_guidance_scale if scale is None else scale)
+    return dataclasses.replace(
+        options,
+        steps=pipe.default_steps if steps is None else steps,
+        guidance_scale=float(pipe.taught_scales(scale)),
+    )
 
 
 def _settings(options: Options, pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from jaxsd.components import COMPONENTS, read_config
 from jaxsd.conversion import convert
 from jaxsd.errors import JaxsdError
 from jaxsd.families import latent_shape
-from jaxsd.hub import find
+from jaxsd.hub import base_of, find
 from jaxsd.weights.files import is_local
+from jaxsd.weights.headers import component_entries
 
 SIDE = 512  # of the pictures, in pixels, where no config tells
 
@@ -50,18 +51,32 @@ def opened(model: str | Path, variant: str | None = None, **how: Any) -> Iterato
     """A model for both sides to read. JaxsdError if there is none, or not on this machine.
 
     A single file is written as a folder, which goes away at the end, for us to read and for PyTorch
-    to take the configs of; the weights PyTorch reads from the file. how: as for `load_parts`.
+    to take the configs of; the weights PyTorch reads from the file. So is a folder that jaxsd alone
+    opens, for both to read. how: as for `load_parts`.
     """
     path = find(model, variant)
     if not is_local(path):
         raise JaxsdError(f"{path} is not on this machine: PyTorch reads local files alone")
-    if not path.is_file():
-        yield Model(Path(path), _parts(Path(path)))
+    path = Path(path)
+    if not path.is_file() and not _ours_alone(path, variant):
+        yield Model(path, _parts(path))
         return
     with tempfile.TemporaryDirectory(prefix="jaxsd-compare-") as place:
         folder = Path(place) / "model"
-        convert(path, folder, **how)
-        yield Model(folder, _parts(folder), Path(path))
+        convert(path, folder, variant=variant, **how)
+        yield Model(folder, _parts(folder), path if path.is_file() else None)
+
+
+def _ours_alone(folder: Path, variant: str | None) -> bool:
+    """Whether a model shares parts with one that ships, or has weights in eight bits."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    if base_of(weights.read_json(folder / "model_index.json"), folder) is not None:
+        return True
+    with contextlib.suppress(JaxsdError):  # a broken file is PyTorch's to refuse
+        held = [component_entries(folder / name, variant)[0] for name in _parts(folder)]
+        return any(entry.scale for entries in held for entry in entries.values())
+    return False
 
 
 def _parts(folder: Path) -> dict[str, Part]:

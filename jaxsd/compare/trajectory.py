@@ -15,6 +15,7 @@ from jaxsd.compare import reference
 from jaxsd.compare.inputs import normal
 from jaxsd.compare.plan import Plan
 from jaxsd.compare.report import Error, Row, Section, make_row
+from jaxsd.denoising import within_range
 from jaxsd.diffusion.samplers import SAMPLERS
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
@@ -67,7 +68,12 @@ def why_not(plan: Plan) -> str | None:
 
 
 def compare(plan: Plan, sampled: Sampled) -> Section:
-    """The latents after every step in each dtype, as rows of a report."""
+    """The latents after every step in each dtype, as rows of a report.
+
+    At a scale that a student was taught: to diffusers, which knows of no range, it is told so, too.
+    """
+    scale = within_range(plan.config("unet"), np.asarray(sampled.guidance_scale))
+    sampled = dataclasses.replace(sampled, guidance_scale=float(scale))
     start = normal(1, *plan.size.latents, plan.config("unet").in_channels)
     theirs = {}
     for dtype in dict.fromkeys(("float32", *plan.dtypes)):
@@ -148,7 +154,7 @@ def _our_steps(
     pipe.denoise(
         jnp.asarray(start),
         cond,
-        uncond,
+        None if pipe.guidance_embedded else uncond,
         steps=sampled.steps,
         guidance_scale=sampled.guidance_scale,
         sampler=sampled.sampler,

@@ -74,6 +74,13 @@ def ddim_grid(schedule: Schedule, ask: Ask) -> Steps:
     return make_grid(t, levels(schedule, t), levels(schedule, ahead, _last_alpha(schedule)))
 
 
+def stochastic_grid(schedule: Schedule, ask: Ask) -> Steps:
+    """DDIM's; mid_* is where the step after this one ends, the last step's own end."""
+    steps = continuous_grid(schedule, ask) if schedule.continuous else ddim_grid(schedule, ask)
+    alpha, sigma = (np.append(row[1:], row[-1]) for row in (steps.next_alpha, steps.next_sigma))
+    return steps._replace(mid_alpha=alpha, mid_sigma=sigma)  # pyright: ignore
+
+
 def ddpm_grid(schedule: Schedule, ask: Ask) -> Steps:
     """Whole timesteps; each step ends where the next begins, the last at the clean picture."""
     t = np.append(_times(schedule, ask), -1)

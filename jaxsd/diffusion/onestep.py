@@ -140,6 +140,19 @@ def lcm(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, et
     return s.next_alpha * x0 + s.next_sigma * noise(0), history
 
 
+def ddim_stochastic(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
+    """DDIM over two steps of the grid, and fresh noise for one of them back.
+
+    The N-step stochastic sampler of Meng et al. 2023 (2210.03142): z_s = (alpha_s / alpha_k) z_k +
+    sigma_{s|k} eps, k two steps ahead and s one. The last step is DDIM's.
+    """
+    s = steps.at(i)
+    x0, eps = predict(x, s.t, s.alpha, s.sigma)
+    landed = s.mid_alpha * x0 + s.mid_sigma * eps
+    renewed = jnp.sqrt(gained(s.next_alpha, s.next_sigma, s.mid_alpha, s.mid_sigma))
+    return s.next_alpha / s.mid_alpha * landed + renewed * noise(0), history
+
+
 def tcd(predict: Predict, x, history: History, steps: Steps, i, noise: Noise, eta):
     """Trajectory consistency (Zheng et al. 2024, 2402.19159, algorithm 4); eta is its gamma.
 

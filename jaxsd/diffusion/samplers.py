@@ -30,10 +30,10 @@ from jaxsd.errors import JaxsdError
 class Sampler:
     """A row of SAMPLERS: the step, its grid on discrete schedules, how many arrays it remembers.
 
-    scheduler: the class of diffusers that it follows. continuous: its grid on schedules without
-    timesteps. second: finds the grid's mid_*. orders(schedule, count): the highest order of each
-    step. uses_eta: whether `eta` says something to it. custom: what can be given instead of a
-    number of steps.
+    scheduler: the class of diffusers that it follows, or with `ours` only its grid: diffusers has
+    no such sampler. continuous: its grid on schedules without timesteps. second: finds the grid's
+    mid_*. orders(schedule, count): the highest order of each step. uses_eta: whether `eta` says
+    something to it. custom: what can be given instead of a number of steps.
     """
 
     step: Callable
@@ -45,6 +45,7 @@ class Sampler:
     remembers: int = 0
     uses_eta: bool = False
     custom: tuple[str, ...] = ()
+    ours: bool = False
 
 
 def _multistep(step: Callable, order: int) -> Sampler:
@@ -112,6 +113,13 @@ SAMPLERS: dict[str, Sampler] = {
     "pndm": Sampler(multistep.pndm, "PNDMScheduler", grids.pndm_grid, grids.pndm_grid, remembers=5),
     "lcm": Sampler(
         onestep.lcm, "LCMScheduler", grids.lcm_grid, grids.lcm_grid, custom=("timesteps",)
+    ),
+    "ddim_stochastic": Sampler(
+        onestep.ddim_stochastic,
+        "DDIMScheduler",
+        grids.stochastic_grid,
+        grids.stochastic_grid,
+        ours=True,
     ),
     "tcd": Sampler(
         onestep.tcd,

@@ -83,7 +83,8 @@ class Schedule(Config):
     squaredcos_cap_v2, which is near, and adds `"continuous_schedule": "cosine"`. `trained_betas`
     takes the place of all of them. `class_name` is the diffusers class that the file names; it
     decides the default sampler. Switches that only some samplers have do nothing in the others, but
-    those of the grid are refused there (`samplers.make_steps`).
+    those of the grid are refused there (`samplers.make_steps`). `default_steps` and
+    `default_guidance_scale` stand in the file only if they are set; diffusers reads past them.
     """
 
     num_train_timesteps: int = 1000
@@ -124,6 +125,9 @@ class Schedule(Config):
     # LCM and TCD
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
+    # Ours, of students that are made for few steps: what is meant where a caller names none
+    default_steps: int | None = None
+    default_guidance_scale: float | None = None
 
     # What shipped files say that touches nothing here.
     NEUTRAL = {
@@ -167,6 +171,11 @@ class Schedule(Config):
                 )
             if not all(0 < beta < 1 for beta in self.trained_betas):
                 raise ValueError("trained_betas must lie between 0 and 1")
+        if self.default_steps is not None and not 1 <= self.default_steps <= MAX_STEPS:
+            raise ValueError(f"default_steps={self.default_steps} is not from 1 to {MAX_STEPS}")
+        scale = self.default_guidance_scale
+        if scale is not None and not 0 <= scale < math.inf:
+            raise ValueError(f"default_guidance_scale={scale} is not a guidance scale from 0 on")
         if len(grids := self.sigma_switches) > 1:
             raise ValueError(f"{' and '.join(grids)} cannot be used together")
 

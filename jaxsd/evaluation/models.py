@@ -47,19 +47,19 @@ def draw_batches(
     """uint8 pictures [b, h, w, c], one of each prompt, in batches of one shape.
 
     Picture i has the seed 1,000,000 * seed + i. At guidance scale 1 the unconditional half is left
-    out: it would be multiplied by zero. place: puts the noise where the pictures are to be drawn.
-    Diverged if they are not finite.
+    out: it would be multiplied by zero; a model that is told the scale has none. place: puts the
+    noise where the pictures are to be drawn. Diverged if they are not finite.
     """
     for start in range(0, len(prompts), how.batch_size):
         chosen = list(prompts[start : start + how.batch_size])
         missing = how.batch_size - len(chosen)
         chosen += chosen[:1] * missing  # the last batch runs in the program of the others
         seeds = [1_000_000 * seed + start + i for i in range(len(chosen))]
-        guided = how.guidance_scale != 1
+        halved = how.guidance_scale != 1 and not pipe.guidance_embedded
         latents = pipe.denoise(
             place(pipe.noise(seeds)),
             pipe.encode(chosen),
-            pipe.encode([negative_prompt] * len(chosen)) if guided else None,
+            pipe.encode([negative_prompt] * len(chosen)) if halved or negative_prompt else None,
             steps=how.steps,
             guidance_scale=how.guidance_scale,
             sampler=how.sampler,

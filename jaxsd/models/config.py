@@ -15,11 +15,13 @@ class Config:
 
     A field has the name and meaning that it has in `config.json`. `NEUTRAL` names what the file may
     also say without changing the architecture built here; any other value of those, or a name
-    that stands in neither list, is refused: a silently ignored option gives wrong pictures.
+    that stands in neither list, is refused: a silently ignored option gives wrong pictures. `OURS`
+    are fields that diffusers has no word for: they are written only if they say something.
     """
 
     NEUTRAL: dict[str, tuple[Any, ...]] = {}
     IGNORED: tuple[str, ...] = ()
+    OURS: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls: type[T], values: dict[str, Any], where: str = "config.json") -> T:
@@ -52,6 +54,7 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """What `config.json` says: the fields, tuples as lists."""
         values = dataclasses.asdict(self)  # pyright: ignore
+        values = {k: v for k, v in values.items() if k not in self.OURS or v is not None}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

@@ -194,7 +194,7 @@ class UNetConfig(ConditionedConfig):
     """The fields of a `UNet2DConditionModel` that decide the architecture.
 
     `time_cond_proj_dim` is the size of the embedded guidance scale in a network that is distilled
-    from guidance.
+    from guidance; `guidance_range`, least and most, are the scales (1 is none) it was taught.
     """
 
     sample_size: int
@@ -203,8 +203,10 @@ class UNetConfig(ConditionedConfig):
     dropout: float = 0.0
     center_input_sample: bool = False  # pictures in [0, 1] are brought to [-1, 1]
     time_cond_proj_dim: int | None = None
+    guidance_range: tuple[float, ...] | None = None
 
     CLASS_NAME = "UNet2DConditionModel"
+    OURS = ("guidance_range",)
     NEUTRAL = ConditionedConfig.NEUTRAL | {
         "attention_type": ("default",),
         "class_embeddings_concat": (False,),
@@ -222,6 +224,15 @@ class UNetConfig(ConditionedConfig):
     }
     # The second is read only with another mid_block_type.
     IGNORED = (*ConditionedConfig.IGNORED, "mid_block_only_cross_attention")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance_range is None:
+            return
+        self._needs("guidance_range", "time_cond_proj_dim")
+        if len(self.guidance_range) != 2 or self.guidance_range[0] > self.guidance_range[1]:
+            given = list(self.guidance_range)
+            raise ValueError(f"guidance_range is the least and the most scale, not {given}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

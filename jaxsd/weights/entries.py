@@ -1,12 +1,14 @@
 """What a file's header says about its tensors, and the tensors themselves, mapped and not read."""
 
+import math
 import mmap
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import ml_dtypes
 import numpy as np
 
 from jaxsd.errors import JaxsdError
+from jaxsd.weights import quantised
 from jaxsd.weights.files import AnyPath, is_local
 
 # As safetensors spells them.
@@ -15,6 +17,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What is read as it stands; of int8 with scales weights are made (`quantised.py`).
+STORED = DTYPES | {"I8": np.dtype(np.int8)}
+SCALED = "I8 with scales"
 # Bytes of a number of each dtype that safetensors and PyTorch files hold.
 ITEMSIZES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
@@ -30,6 +35,23 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset: int  # of its first entry, in bytes from the start of the file
     strides: tuple[int, ...]  # in bytes
+    scale: Optional["Entry"] = None  # of weights in eight bits
+
+    @property
+    def kind(self) -> str:
+        """How its numbers are kept: its dtype, or SCALED."""
+        return self.dtype if self.scale is None else SCALED
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether weights can be made of it: float32, float16, bfloat16, or int8 with scales."""
+        return self.dtype in DTYPES or self.kind == SCALED
+
+    @property
+    def size(self) -> int:
+        """The bytes of its numbers, with those of its scales."""
+        own = ITEMSIZES.get(self.dtype, 0) * math.prod(self.shape)
+        return own + (self.scale.size if self.scale else 0)
 
     @property
     def span(self) -> int:
@@ -67,7 +89,8 @@ class Mapped:
 
     def get(self, entry: Entry) -> np.ndarray:
         """The tensor, not to be used after `release`."""
-        return _array(entry, self._map, entry.offset)
+        array = _array(entry, self._map, entry.offset)
+        return _whole(array, entry, self)
 
     def release(self, entry: Entry) -> None:
         """Gives the pages back: without this the whole file would count as memory in use."""
@@ -94,7 +117,7 @@ class Ranges:
         data = self._stream.read(entry.span)
         if len(data) < entry.span:
             raise JaxsdError(f"{entry.file} became shorter while it was read")
-        return _array(entry, data, 0)
+        return _whole(_array(entry, data, 0), entry, self)
 
     def release(self, entry: Entry) -> None:
         pass
@@ -103,12 +126,18 @@ class Ranges:
 def open_tensors(file: AnyPath) -> Mapped | Ranges:
     """What gives a file's tensors, within a `with`: a file of this machine is mapped.
 
-    Entries must have been checked: they lie inside the file and have dtypes of DTYPES.
+    Entries must have been checked: they lie inside the file and are weights.
     """
     return Mapped(file) if is_local(file) else Ranges(file)
 
 
 def _array(entry: Entry, data: mmap.mmap | bytes | None, offset: int) -> np.ndarray:
     if not entry.span:
-        return np.empty(entry.shape, DTYPES[entry.dtype])
-    return np.ndarray(entry.shape, DTYPES[entry.dtype], data, offset, entry.strides)
+        return np.empty(entry.shape, STORED[entry.dtype])
+    return np.ndarray(entry.shape, STORED[entry.dtype], data, offset, entry.strides)
+
+
+def _whole(array: np.ndarray, entry: Entry, tensors: Mapped | Ranges) -> np.ndarray:
+    if entry.scale is None:
+        return array
+    return quantised.restored(array, tensors.get(entry.scale), entry.file)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsd.errors import JaxsdError
+from jaxsd.weights import quantised
 from jaxsd.weights.entries import ITEMSIZES, Entry, row_major
 from jaxsd.weights.files import AnyPath, as_path, listing, read_json, reading
 from jaxsd.weights.legacy import MAGIC, read_legacy_header
@@ -72,9 +73,10 @@ def choose_files(names: Sequence[str], variant: str | None = None) -> list[str]:
     """The form to read, of those in a folder with these files: a file, or an index and its shards.
 
     diffusers' and transformers' names are looked for in this order: the variant before the plain
-    one, safetensors before PyTorch's, whole before sharded. Empty if none is there.
+    one and eight bits last, safetensors before PyTorch's, whole before sharded. Empty if none is
+    there.
     """
-    for part in (f".{variant}", "") if variant else ("",):
+    for part in (*([f".{variant}"] if variant else []), "", f".{quantised.FORM}"):
         for stem, kind in FILES:
             if (whole := f"{stem}{part}.{kind}") in names:
                 return [whole]
@@ -161,4 +163,4 @@ def _parse(file: AnyPath, header: dict[str, Any], start: int) -> tuple[dict[str,
         if first != end or last < first:
             raise ValueError(f"{name} is at bytes {first} to {last}, not from {end}")
         end = last
-    return entries, end
+    return quantised.paired(entries, header.get("__metadata__")), end

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from jaxsd.errors import JaxsdError
-from jaxsd.weights.entries import DTYPES, Entry
+from jaxsd.weights.entries import Entry
 from jaxsd.weights.files import AnyPath, listing
 
 # diffusers before 0.13 named the VAE's attention layers so, as the CompVis weights still do.
@@ -28,11 +28,11 @@ def match(
             unexpected.append(source)
             continue
         sources[name] = source
-        dtype, shape = header[source].dtype, header[source].shape
+        shape = header[source].shape
         if not same_shape(name, shape, shapes[name]):
             misshapen.append(f"{name} {list(shape)} instead of {list(shapes[name])}")
-        if dtype not in DTYPES:
-            alien.append(f"{name} {dtype}")
+        if not header[source].is_weight:
+            alien.append(f"{name} {header[source].dtype}")
     problems = {
         "missing": [name for name in shapes if name not in sources],
         "unexpected": unexpected,

@@ -11,6 +11,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ import numpy as np
 
 from jaxsd.errors import JaxsdError
 from jaxsd.nn import Net, Params
-from jaxsd.weights.entries import DTYPES, Entry, Mapped, Ranges, open_tensors
+from jaxsd.weights import quantised
+from jaxsd.weights.entries import DTYPES, STORED, Entry, Mapped, Ranges, open_tensors
 from jaxsd.weights.files import AnyPath, as_path, is_local, reading, replacing
 from jaxsd.weights.headers import DIFFUSERS_FILE, component_entries
 from jaxsd.weights.matching import match
@@ -45,9 +47,10 @@ def load(
 
     path: a component folder, or a .safetensors, .bin, .pt or .ckpt file; on a disk, or in a bucket
     (gs://). like: a Net, or a dict from names to shapes. dtype: float32, float16 or bfloat16; by
-    default each array keeps the dtype of the file. variant: "fp16", say: which of a folder's files,
-    where it has that one. sharding: where the arrays go as they are read, by default to jax's first
-    device; of a function (name, shape) -> Sharding, or one for all.
+    default each array keeps the dtype of the file, and weights in eight bits become float32.
+    variant: "fp16", say: which of a folder's files, where it has that one. sharding: where the
+    arrays go as they are read, by default to jax's first device; of a function (name, shape) ->
+    Sharding, or one for all.
 
     JaxsdError if a file is missing, damaged, or differs from `like`: then the message lists every
     missing, unexpected and misshapen name.
@@ -149,15 +152,20 @@ def save(
     """Writes a component's weights, whole or not at all, and returns the file's path.
 
     path: the component's folder, in which `name` is written, or the path of a .safetensors file.
-    dtype: float32, float16 or bfloat16; by default each array keeps its own. JaxsdError if an array
-    has another dtype or the target cannot be written.
+    dtype: float32, float16 or bfloat16, or int8 (`quantised.py`, which jaxsd alone reads); by
+    default each array keeps its own. JaxsdError if an array has another dtype or the target cannot
+    be written.
     """
     path = as_path(path)
     file = path if path.suffix == ".safetensors" else path / name
-    wanted = None if dtype is None else as_dtype(dtype)
     for key, value in params.items():
         if np.dtype(value.dtype) not in DTYPES.values():
             raise JaxsdError(f"cannot save {key}: {value.dtype} is not float32, float16, bfloat16")
+    if quantised.is_asked_for(dtype):
+        eight = quantised.kinds({key: value.shape for key, value in params.items()})
+        write(file, eight, lambda key: quantised.stored(params, key), quantised.METADATA)
+        return file
+    wanted = None if dtype is None else as_dtype(dtype)
     kept = {key: (wanted or np.dtype(value.dtype), value.shape) for key, value in params.items()}
     write(file, kept, lambda key: np.asarray(params[key], dtype=wanted))
     return file
@@ -167,15 +175,17 @@ def write(
     file: AnyPath,
     kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     array: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes a .safetensors file, whole or not at all, asking for one array at a time by name.
 
-    kinds: each array's dtype and shape, which must be what `array` returns.
+    kinds: each array's dtype and shape, which must be what `array` returns. metadata: what the
+    header says besides.
     """
     # Not safetensors' save_file, which makes files that only their owner may read and wants every
     # array on the host at once.
-    known = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    known = {dtype: code for code, dtype in STORED.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape) in kinds.items()}
     # Each number in its place, and all but the odd ones where a reader can take them as they are.
     order = sorted(kinds, key=lambda k: (sizes[k] % ALIGNMENT > 0, -kinds[k][0].itemsize, k))

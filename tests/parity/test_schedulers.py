@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from scheduler_reference import CLASSES, START, compare, reference, trajectory
+from scheduler_reference import CLASSES, START, THEIRS, compare, reference, trajectory
 
 from jaxsd.diffusion.samplers import SAMPLERS, make_steps
 from jaxsd.diffusion.schedule import PREDICTION_TYPES, Schedule
@@ -46,7 +46,7 @@ def check(name, schedule, monkeypatch, counts=COUNTS, **options):
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", THEIRS)
 def test_every_step(name, kind, monkeypatch, record_property):
     for spacing in SPACINGS:
         schedule = dataclasses.replace(SD, prediction_type=kind, timestep_spacing=spacing)
@@ -268,17 +268,17 @@ def test_who_takes_what():
     """As the signatures say; UniPC's sigmas are for flow matching."""
     import inspect
 
-    for name, row in SAMPLERS.items():
+    for name in THEIRS:
         known = inspect.signature(CLASSES[name].set_timesteps).parameters
         expected = [kind for kind in ("timesteps", "sigmas") if kind in known and name != "unipc"]
-        assert list(row.custom) == expected, name
+        assert list(SAMPLERS[name].custom) == expected, name
 
 
 # --- Image-to-image, base and refiner ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lms"])
+@pytest.mark.parametrize("name", [name for name in THEIRS if name != "lms"])
 def test_beginning_on_the_way(name, spacing, monkeypatch):
     """From a picture with their noise on it; `first` is what diffusers calls the begin index."""
     schedule = dataclasses.replace(SD, timestep_spacing=spacing)
@@ -288,7 +288,7 @@ def test_beginning_on_the_way(name, spacing, monkeypatch):
         assert step <= TOLERANCE and loop <= LOOP_TOLERANCE
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", THEIRS)
 def test_stopping_on_the_way(name, monkeypatch):
     """As the base model does that leaves the rest to a refiner."""
     step, loop = compare(name, SD, 10, monkeypatch, stop=7)

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from scheduler_reference import CLASSES, DRAWING, reference
+from scheduler_reference import CLASSES, DRAWING, THEIRS, reference
 
 from jaxsd import weights
 from jaxsd.diffusion.samplers import SAMPLERS, default_sampler, make_steps
@@ -61,7 +61,7 @@ def test_noise_levels_of_zero_terminal_snr(kind):
     assert ours[-1] == theirs[-1] == 0
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if "_3m" not in name])
+@pytest.mark.parametrize("name", [name for name in THEIRS if "_3m" not in name])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_timesteps(name, offset):
     for spacing in SPACINGS:

@@ -144,13 +144,17 @@ def _host(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def save(
-    params: Params, path: str | os.PathLike, name: str = DIFFUSERS_FILE, dtype: Any = None
+    params: Params,
+    path: str | os.PathLike,
+    name: str = DIFFUSERS_FILE,
+    dtype: Any = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> AnyPath:
     """Writes a component's weights, whole or not at all, and returns the file's path.
 
     path: the component's folder, in which `name` is written, or the path of a .safetensors file.
-    dtype: float32, float16 or bfloat16; by default each array keeps its own. JaxsdError if an array
-    has another dtype or the target cannot be written.
+    dtype: float32, float16 or bfloat16; by default each array keeps its own. metadata: what the
+    header says besides. JaxsdError if an array has another dtype or the target cannot be written.
     """
     path = as_path(path)
     file = path if path.suffix == ".safetensors" else path / name
@@ -159,7 +163,7 @@ def save(
         if np.dtype(value.dtype) not in DTYPES.values():
             raise JaxsdError(f"cannot save {key}: {value.dtype} is not float32, float16, bfloat16")
     kept = {key: (wanted or np.dtype(value.dtype), value.shape) for key, value in params.items()}
-    write(file, kept, lambda key: np.asarray(params[key], dtype=wanted))
+    write(file, kept, lambda key: np.asarray(params[key], dtype=wanted), metadata)
     return file
 
 
@@ -167,15 +171,16 @@ def write(
     file: AnyPath,
     kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     array: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a .safetensors file, whole or not at all, asking for one array at a time by name.
 
-    kinds: each array's dtype and shape, which must be what `array` returns.
+    kinds: each array's dtype and shape, which must be what `array` returns. metadata: as in `save`.
     """
     # Not safetensors' save_file, which makes files that only their owner may read and wants every
     # array on the host at once.
     known = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape) in kinds.items()}
     # Each number in its place, and all but the odd ones where a reader can take them as they are.
     order = sorted(kinds, key=lambda k: (sizes[k] % ALIGNMENT > 0, -kinds[k][0].itemsize, k))

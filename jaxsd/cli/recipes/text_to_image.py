@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxsd.cli.recipes.common import Denoised, MakeBatches, remembering, share
 from jaxsd.cli.recipes.evaluation import DenoisingEvaluation
+from jaxsd.cli.recipes.low_rank import LoRAOptions
 from jaxsd.cli.recipes.models import ModelOptions
 from jaxsd.cli.recipes.pictures import PictureData
 from jaxsd.diffusion.schedulers import SCHEDULER_CLASSES
@@ -12,7 +13,7 @@ from jaxsd.errors import JaxsdError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextToImage(Denoised, PictureData, DenoisingEvaluation, ModelOptions):
+class TextToImage(Denoised, LoRAOptions, PictureData, DenoisingEvaluation, ModelOptions):
     """The UNet of a latent model: from noise, or fine-tuned from a model of any kind."""
 
     data: str = "digits"
@@ -52,14 +53,15 @@ class TextToImage(Denoised, PictureData, DenoisingEvaluation, ModelOptions):
             preview_prompts=prompts,
             initial=unet.params if unet else None,
         )
-        return objective, make_batches
+        return self.maybe_low_rank(objective), make_batches
 
     def evaluators(self, objective: Any) -> list[Any]:
         if not self.evaluates():
             return []
         # Held out are pictures, whatever is trained on
-        of_pictures = dataclasses.replace(objective, cached=False)
-        return self.denoising_evaluators(of_pictures, remembering(objective.towers.tokenize))
+        plain = getattr(objective, "inner", objective)
+        of_pictures = self.maybe_low_rank(dataclasses.replace(plain, cached=False))
+        return self.denoising_evaluators(of_pictures, remembering(plain.towers.tokenize))
 
     def scheduled(self, schedule: Any) -> Any:
         """The schedule as the options change it, of a class that has a word for all of it."""

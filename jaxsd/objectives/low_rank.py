@@ -20,6 +20,7 @@ import numpy as np
 from jaxsd.errors import JaxsdError
 from jaxsd.nn import Net, Params, fan_in_uniform
 from jaxsd.objectives import Batch, Now
+from jaxsd.sharding import on_host
 from jaxsd.weights import lora, lora_files
 from jaxsd.weights.lora import Factors, Layer, LoRA
 from jaxsd.weights.lora_names import COMPONENTS
@@ -102,7 +103,8 @@ class LowRank:
             raise JaxsdError(f"lora_alpha must be above 0, not {self.alpha}")
         self.changed = targeted(self.targets, self.base)
         stay = self.base.keys() - set(self.changed)
-        base = {n: self._computed_in(v) if n in stay else v for n, v in self.base.items()}
+        with on_host():
+            base = {n: self._computed_in(v) if n in stay else v for n, v in self.base.items()}
         self.aux: Any = {"inner": self.inner.aux, "base": base}
         self._sum = jax.jit(self._summed)
 

@@ -37,3 +37,7 @@ class LoRAOptions(Common):
         base = objective.init(jax.random.key(self.seed))
         targets = self.lora_targets
         return LowRank(objective, base, self.lora_rank, alpha, targets, dtype=self.dtype)
+
+    def plain(self, objective: Any) -> Any:
+        """The objective without what trains factors for it."""
+        return objective.inner if self.lora_rank else objective

@@ -46,13 +46,18 @@ class Rule:
 # The first that matches counts. Where none does, the longest axis that divides goes over `fsdp`, if
 # the array is not small. Attention and feed-forward layers go over `tensor` as in
 # Megatron-LM (Shoeybi et al. 2019): the first layer by outputs, the second by inputs, so that what
-# lies between them never has to be gathered.
+# lies between them never has to be gathered. LoRA's factors are split as the weight is to which
+# their product is added, so that each device makes its own piece of it.
 _FIRST = r"(to_[qkv]|[qkv]_proj|fc1|ff\.net\.0\.proj)"
 _SECOND = r"(to_out\.0|out_proj|fc2|ff\.net\.2)"
 RULES = (
     Rule(rf"\b{_FIRST}\.weight$", ("tensor", "fsdp")),
     Rule(rf"\b{_FIRST}\.bias$", ("tensor",)),
     Rule(rf"\b{_SECOND}\.weight$", ("fsdp", "tensor")),
+    Rule(rf"\b{_FIRST}\.lora_A\.weight$", (None, "fsdp")),
+    Rule(rf"\b{_FIRST}\.lora_B\.weight$", ("tensor", None)),
+    Rule(rf"\b{_SECOND}\.lora_A\.weight$", (None, "tensor")),
+    Rule(rf"\b{_SECOND}\.lora_B\.weight$", ("fsdp", None)),
 )
 
 

@@ -12,6 +12,7 @@ import tiny
 from lora_examples import CONV, NETS, OUT, PLACES, PROJ, K, Q, example, factors, tensors_of, write
 
 from jaxsd import weights
+from jaxsd.errors import JaxsdError
 from jaxsd.families import FAMILIES
 from jaxsd.inspection import inspect
 from jaxsd.models import CLIPTextModel, CLIPTextModelWithProjection, UNet
@@ -124,14 +125,15 @@ def test_each_layer_has_its_alpha(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("form", ["peft", "kohya"])
 def test_round_trip(tmp_path, form, dtype):
-    made = example(2)
+    """Every bit, alpha's too, which no half precision holds."""
+    made = example(3, alpha=1.1) if form == "peft" else example(3, alpha=float(np.float32(1.1)))
     file = lora_files.save(made, tmp_path / "new", form, dtype)
     assert file == tmp_path / "new" / "pytorch_lora_weights.safetensors"
     again = lora_files.read(tmp_path / "new", NETS)
     wanted = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     rounded = {
         component: {
-            name: Layer(layer.down.astype(wanted), layer.up.astype(wanted), 2.0)
+            name: Layer(layer.down.astype(wanted), layer.up.astype(wanted), layer.alpha)
             for name, layer in layers.items()
         }
         for component, layers in made.layers.items()
@@ -141,16 +143,23 @@ def test_round_trip(tmp_path, form, dtype):
     assert_equal(lora_files.read(tmp_path / "twice.safetensors", NETS), again)
 
 
-def test_alpha(tmp_path):
-    """kohya's form keeps it; in PEFT's it is within `up`."""
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+def test_ranks_and_alphas_of_their_own(tmp_path, form):
     made = example(4, alpha=1.0)
-    kohya = lora_files.read(lora_files.save(made, tmp_path / "k", "kohya"), NETS)
-    assert_equal(kohya, made)
-    peft = lora_files.read(lora_files.save(made, tmp_path / "p", "peft"), NETS)
-    for component, name in PLACES:
-        layer, wanted = peft.layers[component][name], made.layers[component][name]
-        assert layer.alpha == layer.rank == 4
-        np.testing.assert_array_equal(layer.up, wanted.up / 4)
+    for rank, (component, name) in enumerate(PLACES[::2], 1):
+        shape = NETS[component].shapes[name]
+        made.layers[component][name] = factors(shape, rank, alpha=rank + 0.5)
+    assert_equal(lora_files.read(lora_files.save(made, tmp_path, form), NETS), made)
+
+
+def test_a_lora_of_a_vae(tmp_path):
+    """diffusers' VAE loads it by this prefix; kohya never named one."""
+    name, shape = "decoder.conv_in.weight", (8, 4, 3, 3)
+    made = LoRA({"vae": {name: factors(shape, 2, alpha=3.0)}})
+    file = lora_files.save(made, tmp_path)
+    assert_equal(lora_files.read(file, {"vae": {name: shape}}), made)
+    with pytest.raises(JaxsdError, match="kohya has no names for vae: save it as peft"):
+        lora_files.save(made, tmp_path, "kohya")
 
 
 LCM = (  # what the LCM-LoRAs change

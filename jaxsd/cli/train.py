@@ -81,13 +81,16 @@ def _describe(recipe: Common, config: dict[str, Any]) -> None:
 
     from jaxsd import processes, training
     from jaxsd.training import placement
+    from jaxsd.training.step import initial_params
 
     objective, mesh = _build(recipe)[0], placement.make_mesh(recipe)
     if not processes.is_first():
         return
     for name, value in config.items():
         print(f"{name:20} {value}")
+    trained, _ = jax.eval_shape(lambda: initial_params(objective, recipe))
     print(f"{'parameters':20} {objective.net.size:,}")
+    print(f"{'trained':20} {sum(array.size for array in trained.values()):,}")
     sizes = training.state_bytes(objective, recipe)
     for kind, size in [*sizes.items(), ("together", sum(sizes.values()))]:
         print(f"{'memory: ' + kind:20} {size / 2**20:,.1f} MiB")

@@ -4,6 +4,7 @@ A file is accepted or refused by its header, with all that is wrong in one error
 is read. Names are the matter of `lora_names`, sums of `lora`.
 """
 
+import collections
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from jaxsd.weights.headers import read_entries
 from jaxsd.weights.lora import Layer, LoRA
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"  # under which diffusers keeps PEFT's configuration in a header
 # What a folder may hold, best first.
 FILES = (
     DIFFUSERS_FILE,
@@ -185,7 +187,7 @@ def _configs(file: AnyPath) -> dict[str, dict[str, Any]]:
     beside = file.parent / "adapter_config.json"
     if file.name.startswith("adapter_model.") and beside.is_file():
         return dict.fromkeys(names.COMPONENTS, read_json(beside))
-    text = _metadata(file).get("lora_adapter_metadata")
+    text = _metadata(file).get(METADATA)
     if not text:
         return {}
     try:
@@ -201,7 +203,7 @@ def _configs(file: AnyPath) -> dict[str, dict[str, Any]]:
             if any(key.startswith(prefix) for key in flat)
         }
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise JaxsdError(f"{file} has broken lora_adapter_metadata in its header") from None
+        raise JaxsdError(f"{file} has broken {METADATA} in its header") from None
 
 
 def _metadata(file: AnyPath) -> dict[str, Any]:
@@ -245,30 +247,53 @@ def _configured_alpha(config: dict[str, Any] | None, name: str, rank: int, file:
 def save(lora: LoRA, path: str | os.PathLike, form: str = "peft", dtype: Any = None) -> AnyPath:
     """Writes a LoRA, whole or not at all, and returns the file's path.
 
-    path: a folder, in which diffusers' name is used, or the path of a .safetensors file.
-    form: "peft", as diffusers writes, with alpha / r multiplied into `up`, because most programs
-    that read it know no alpha there; or "kohya", which the other programs read, too, and where
-    alpha stays a number of its own. dtype: as in `weights.save`.
+    path: a folder, in which diffusers' name is used, or the path of a .safetensors file. form:
+    "peft", as diffusers writes, whose alphas stand in the header: diffusers and PEFT look there,
+    most other programs take the rank for alpha; or "kohya", which all of them read, and where alpha
+    is a number of its own. dtype: of the factors, as in `weights.save`; alphas stay float32.
     """
     if form not in ("peft", "kohya"):
         raise JaxsdError(f"unknown form of LoRA {form!r}; there are peft and kohya")
     prefixes = names.kohya_prefixes(lora.layers)
-    params = {}
+    if form == "kohya" and (strange := lora.layers.keys() - prefixes.keys()):
+        raise JaxsdError(f"kohya has no names for {listing(sorted(strange))}: save it as peft")
+    factors, alphas, metadata = {}, {}, {}
     for component, layers in lora.layers.items():
         for name, layer in layers.items():
             module = name.removesuffix(".weight")
             if form == "peft":
-                params |= _peft(f"{component}.{module}", layer)
+                factors |= _peft(f"{component}.{module}", layer)
             else:
-                params |= _kohya(prefixes[component] + module.replace(".", "_"), layer)
-    return tensors.save(
-        {name: jnp.asarray(value) for name, value in params.items()}, path, DIFFUSERS_FILE, dtype
-    )
+                stem = prefixes[component] + module.replace(".", "_")
+                factors |= _kohya(stem, layer)
+                alphas[f"{stem}.alpha"] = jnp.asarray(layer.alpha, jnp.float32)
+        metadata |= {f"{component}.{key}": value for key, value in _config(layers).items()}
+    wanted = None if dtype is None else tensors.as_dtype(dtype)
+    params = {name: jnp.asarray(value, wanted) for name, value in factors.items()} | alphas
+    told = {METADATA: json.dumps(metadata)} if form == "peft" else {}
+    return tensors.save(params, path, DIFFUSERS_FILE, metadata=told)
+
+
+def _config(layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """PEFT's LoraConfig of one component: the most frequent rank and alpha, and the exceptions."""
+    # transformers >= 5.6 leaves text_model. out; PEFT looks for the end of a name, unless ^ is told
+    modules = {name: name.removesuffix(".weight").removeprefix("text_model.") for name in layers}
+    ranks = {modules[name]: layer.rank for name, layer in layers.items()}
+    alphas = {modules[name]: float(layer.alpha) for name, layer in layers.items()}
+    [(rank, _)] = collections.Counter(ranks.values()).most_common(1)
+    [(alpha, _)] = collections.Counter(alphas.values()).most_common(1)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
+        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
+        "target_modules": sorted(modules.values()),
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
+    }
 
 
 def _peft(module: str, layer: Layer) -> dict[str, np.ndarray]:
-    up = (layer.up.astype(np.float32) * (layer.alpha / layer.rank)).astype(layer.up.dtype)
-    parts = {"lora_A.weight": layer.down, "lora_B.weight": _kernel(up, layer)}
+    parts = {"lora_A.weight": layer.down, "lora_B.weight": _kernel(layer.up, layer)}
     if layer.magnitude is not None:
         kernel = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
         parts["lora_magnitude_vector"] = layer.magnitude.reshape(kernel)
@@ -281,7 +306,6 @@ def _kohya(module: str, layer: Layer) -> dict[str, np.ndarray]:
     return {
         f"{module}.lora_down.weight": layer.down,
         f"{module}.lora_up.weight": _kernel(layer.up, layer),
-        f"{module}.alpha": np.asarray(layer.alpha, np.float32),
     }
 
 

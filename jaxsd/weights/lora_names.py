@@ -22,7 +22,7 @@ from jaxsd.weights.ldm import unet_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 KOHYA, PEFT, DIFFUSERS = "kohya", "PEFT", "old diffusers"
 
 # How a name begins, and the component that it says; PEFT's own files do not say any.
@@ -34,6 +34,7 @@ PREFIXES = {
     "unet.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
+    "vae.": "vae",
     "diffusion_model.": "unet",  # ComfyUI, before LDM's names
 }
 # How a name ends, what that part is, and whose spelling it is. PEFT may add an adapter's name.
@@ -81,7 +82,7 @@ ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 class Key(NamedTuple):
     """A tensor's name in a LoRA file, taken apart."""
 
-    component: str | None  # "unet", "text_encoder", "text_encoder_2"; None where the file is silent
+    component: str | None  # one of COMPONENTS; None where the file is silent
     module: str  # with underscores for points
     part: str  # "down", "up", "mid", "alpha" or "magnitude"
     style: str

@@ -147,14 +147,18 @@ def _host(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def save(
-    params: Params, path: str | os.PathLike, name: str = DIFFUSERS_FILE, dtype: Any = None
+    params: Params,
+    path: str | os.PathLike,
+    name: str = DIFFUSERS_FILE,
+    dtype: Any = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> AnyPath:
     """Writes a component's weights, whole or not at all, and returns the file's path.
 
     path: the component's folder, in which `name` is written, or the path of a .safetensors file.
     dtype: float32, float16 or bfloat16, or int8 (`quantised.py`, which jaxsd alone reads); by
-    default each array keeps its own. JaxsdError if an array has another dtype or the target cannot
-    be written.
+    default each array keeps its own. metadata: what the header says besides. JaxsdError if an array
+    has another dtype or the target cannot be written.
     """
     path = as_path(path)
     file = path if path.suffix == ".safetensors" else path / name
@@ -163,11 +167,12 @@ def save(
             raise JaxsdError(f"cannot save {key}: {value.dtype} is not float32, float16, bfloat16")
     if quantised.is_asked_for(dtype):
         eight = quantised.kinds({key: value.shape for key, value in params.items()})
-        write(file, eight, lambda key: quantised.stored(params, key), quantised.METADATA)
+        told = {**quantised.METADATA, **metadata}
+        write(file, eight, lambda key: quantised.stored(params, key), told)
         return file
     wanted = None if dtype is None else as_dtype(dtype)
     kept = {key: (wanted or np.dtype(value.dtype), value.shape) for key, value in params.items()}
-    write(file, kept, lambda key: np.asarray(params[key], dtype=wanted))
+    write(file, kept, lambda key: np.asarray(params[key], dtype=wanted), metadata)
     return file
 
 

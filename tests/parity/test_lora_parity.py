@@ -67,6 +67,16 @@ def test_several_at_once(sdxl, tmp_path):
     assert_fuses_alike(sdxl, (files[0], 0.5), (files[1], -1.5), changed=len(changed))
 
 
+def test_ranks_and_alphas_of_their_own(sdxl, tmp_path):
+    """In PEFT's form; of kohya's, diffusers 0.42 mixes alphas up."""
+    made = random_lora(sdxl, rank=4, alpha=2.0)
+    other = random_lora(sdxl, rank=3, alpha=1.1, seed=1, layers="to_k|conv1|mlp|mid_block")
+    for component, layers in other.layers.items():
+        made.layers[component].update(layers)
+    file = lora_files.save(made, tmp_path)
+    assert_fuses_alike(sdxl, (file, 0.7), changed=sum(map(len, made.layers.values())))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(sd1, tmp_path, dtype):
     """Factors in half precision, summed in float32 by both."""

@@ -6,13 +6,14 @@ from typing import Any
 from jaxsd.cli.recipes.common import Denoised, MakeBatches, remembering, share
 from jaxsd.cli.recipes.evaluation import DenoisingEvaluation
 from jaxsd.cli.recipes.latent_data import LatentData
+from jaxsd.cli.recipes.low_rank import LoRAOptions
 from jaxsd.cli.recipes.models import ModelOptions
 from jaxsd.diffusion.schedulers import SCHEDULER_CLASSES
 from jaxsd.errors import JaxsdError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextToImage(Denoised, LatentData, DenoisingEvaluation, ModelOptions):
+class TextToImage(Denoised, LoRAOptions, LatentData, DenoisingEvaluation, ModelOptions):
     """The UNet of a latent model: from noise, or fine-tuned from a model of any kind."""
 
     data: str = "digits"
@@ -39,7 +40,7 @@ class TextToImage(Denoised, LatentData, DenoisingEvaluation, ModelOptions):
                 "this UNet was distilled with its guidance (LCM), which a plain denoising loss "
                 "would undo: fine-tune the model it came from"
             )
-        return self.text_to_image(
+        objective, make_batches = self.text_to_image(
             parts,
             config,
             self.scheduled(parts.schedule),
@@ -48,13 +49,15 @@ class TextToImage(Denoised, LatentData, DenoisingEvaluation, ModelOptions):
             caption_dropout=share("caption_dropout", self.caption_dropout),
             initial=unet.params if unet else None,
         )
+        return self.maybe_low_rank(objective), make_batches
 
     def evaluators(self, objective: Any) -> list[Any]:
         if not self.evaluates():
             return []
         # Held out are pictures, whatever is trained on
-        of_pictures = dataclasses.replace(objective, cached=False)
-        return self.denoising_evaluators(of_pictures, remembering(objective.towers.tokenize))
+        plain = self.plain(objective)
+        of_pictures = self.maybe_low_rank(dataclasses.replace(plain, cached=False))
+        return self.denoising_evaluators(of_pictures, remembering(plain.towers.tokenize))
 
     def scheduled(self, schedule: Any) -> Any:
         """The schedule as the options change it, of a class that has a word for all of it."""

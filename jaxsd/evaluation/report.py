@@ -18,6 +18,7 @@ from jaxsd.evaluation import metrics
 from jaxsd.evaluation.judge import flatten_scans, judges, real_scans
 
 Row = dict[str, float]
+Summary = dict[str, float | tuple[float, float]]  # figures, or (mean, spread over sampling seeds)
 
 # key -> (heading, decimals), in the order of the table.
 COLUMNS: dict[str, tuple[str, int]] = {
@@ -42,6 +43,10 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "kd_spread": ("KD sd of subsets", 5),
     "kd_all": ("KD of all", 5),
     "clip_score": ("CLIP score", 2),
+    "rmse_to_teacher": ("RMSE to teacher", 4),
+    "rmse_latents": ("RMSE of latents", 4),
+    "passes": ("passes", 0),
+    "ms_per_image": ("ms/image", 2),
 }
 
 
@@ -183,12 +188,12 @@ def _mean_of_known(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def summarise(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+def summarise(rows: Sequence[Mapping[str, float]]) -> Summary:
     """(mean, standard deviation) of each metric over rows, one a sampling seed.
 
     The standard deviation is the sample one (n - 1), NaN for a single row.
     """
-    summary = {}
+    summary: Summary = {}
     for key in rows[0]:
         values = np.array([row[key] for row in rows])
         sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")

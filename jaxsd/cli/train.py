@@ -9,8 +9,11 @@ import tyro
 
 from jaxsd.cli.recipes.clip import CLIP
 from jaxsd.cli.recipes.common import Common, MakeBatches
+from jaxsd.cli.recipes.consistency import Consistency
 from jaxsd.cli.recipes.ddpm import DDPM
 from jaxsd.cli.recipes.encode import Encode
+from jaxsd.cli.recipes.guided import Guided
+from jaxsd.cli.recipes.progressive import Progressive
 from jaxsd.cli.recipes.text_to_image import TextToImage
 from jaxsd.cli.recipes.vae import VAE
 from jaxsd.cli.together import NAMES
@@ -20,31 +23,49 @@ Recipe = (
     | Annotated[VAE, tyro.conf.subcommand("vae", prefix_name=False)]
     | Annotated[CLIP, tyro.conf.subcommand("clip", prefix_name=False)]
     | Annotated[TextToImage, tyro.conf.subcommand("text-to-image", prefix_name=False)]
+    | Annotated[Progressive, tyro.conf.subcommand("progressive", prefix_name=False)]
+    | Annotated[Guided, tyro.conf.subcommand("guided", prefix_name=False)]
+    | Annotated[Consistency, tyro.conf.subcommand("consistency", prefix_name=False)]
     | Annotated[Encode, tyro.conf.subcommand("encode", prefix_name=False)]
 )
 
 
 def run(recipe: Common) -> None:
-    """Trains, or with `dry_run` says what would be trained."""
-    from jaxsd import processes, training
-
+    """Trains, or with `dry_run` says what would be trained; each stage of a recipe in its turn."""
     recipe.meet()
+    stages = recipe.stages()
+    if recipe.dry_run:
+        if len(stages) > 1:
+            print(f"{'stages':20} {', '.join(stage.workdir.name for stage in stages)}; the first:")
+        with tempfile.TemporaryDirectory() as scratch:  # a CLIP recipe writes its tokenizer
+            _describe(dataclasses.replace(stages[0], workdir=Path(scratch)), _config(stages[0]))
+        return
+    for stage in stages:
+        _train(stage, one_of_several=len(stages) > 1)
+
+
+def _config(recipe: Common) -> dict[str, Any]:
+    """What decides the result."""
     config = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(recipe).items()
         if name not in ("workdir", "dry_run", *NAMES)
     }
-    config = {"recipe": type(recipe).__name__, **config}
-    if recipe.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:  # a CLIP recipe writes its tokenizer
-            _describe(dataclasses.replace(recipe, workdir=Path(scratch)), config)
-        return
+    return {"recipe": type(recipe).__name__, **config}
+
+
+def _train(recipe: Common, one_of_several: bool) -> None:
+    from jaxsd import processes, training
+
+    config = _config(recipe)
     training.check_workdir(recipe.workdir, config, recipe)  # building writes into it
-    objective, make_batches = _build(recipe)
-    evaluators = recipe.evaluators(objective)
-    training.train(objective, make_batches, recipe, recipe.workdir, config, evaluators=evaluators)
+    index = recipe.workdir / "model" / "model_index.json"  # the last thing that a training writes
+    if not (one_of_several and processes.first(index.is_file)):
+        objective, make_batches = _build(recipe)
+        told = recipe.evaluators(objective)
+        training.train(objective, make_batches, recipe, recipe.workdir, config, evaluators=told)
     if processes.is_first():
-        print(f"{recipe.workdir / 'model'}")
+        print(f"{recipe.workdir / 'model'}", flush=True)
 
 
 def _build(recipe: Common) -> tuple[Any, MakeBatches]:

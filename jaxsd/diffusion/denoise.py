@@ -35,7 +35,7 @@ def guided(
     stacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *conditions)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        t = jnp.broadcast_to(t, (count * x.shape[0],))
+        t = jnp.tile(jnp.broadcast_to(t, x.shape[:1]), count)
         said = jnp.split(network(jnp.concatenate([x] * count), t, **stacked), count)
         prediction = said[0]
         for scale, less, more in zip(scales, said, said[1:], strict=False):

@@ -81,7 +81,9 @@ def jump(kind: str, prediction: jax.Array, z: jax.Array, here: Level, there: Lev
     return noised(x0, eps, there)
 
 
-def explains(z: jax.Array, end: jax.Array, here: Level, there: Level) -> tuple[jax.Array, ...]:
+def explains(
+    z: jax.Array, end: jax.Array, here: Level, there: Level
+) -> tuple[jax.Array, jax.Array]:
     """(x0, eps) of which one DDIM step leads from z to `end`: what a student has to say.
 
     The paper's x0 = (z'' - (sigma''/sigma) z) / (alpha'' - (sigma''/sigma) alpha), written as
@@ -95,14 +97,14 @@ def explains(z: jax.Array, end: jax.Array, here: Level, there: Level) -> tuple[j
     return alpha * z - sigma * v, alpha * v + sigma * z
 
 
-def check_halving(start: int, end: int) -> list[int]:
-    """The steps of each student between: start / 2, ... end; JaxsdError unless halving leads there."""
-    found = []
-    while start > end and start % 2 == 0:
-        start //= 2
-        found.append(start)
-    if not found or start != end or end < 1:
+def halvings(start: int, end: int) -> list[int]:
+    """The steps of each student, start / 2 ... end; JaxsdError unless halving leads there."""
+    found, steps = [], start
+    while steps > end and steps % 2 == 0:
+        steps //= 2
+        found.append(steps)
+    if not found or steps != end or end < 1:
         raise JaxsdError(
-            f"end_steps must be start_steps halved once or more, such as 64 and 1, not {end}"
+            f"from {start} steps no halving leads to {end}: take 64 and 4, say, or 64 and 1"
         )
     return found

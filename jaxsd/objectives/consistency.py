@@ -34,6 +34,8 @@ class Consistency(Student):
     with c = `huber_c`; l2: d^2.
     """
 
+    sampler = "lcm"
+
     loss_type: str = "huber"
     huber_c: float = 1e-3
 
@@ -51,8 +53,8 @@ class Consistency(Student):
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
         key_example, key_time, key_eps, key_scale = jax.random.split(now.key, 4)
-        example = self.base.example(params, aux["base"], batch, key_example)
-        x0 = example.x0.astype(jnp.float32)
+        example = self.example(params, aux, batch, key_example)
+        x0 = example.x0
         i = jax.random.randint(key_time, x0.shape[:1], 0, len(self._times) - 1)
         here, there = (self._level(jnp.asarray(self._times)[j]) for j in (i, i + 1))
         eps = jax.random.normal(key_eps, x0.shape, jnp.float32)

@@ -57,6 +57,10 @@ class Denoiser(Protocol):
     schedule: Schedule
     aux: Any
 
+    def init(self, key: jax.Array) -> Params:
+        """The parameters to start from."""
+        ...
+
     def example(self, params: Params, aux: Any, batch: Batch, key: jax.Array) -> Example:
         """What is random about it, such as a latent's noise, is drawn from `key`."""
         ...

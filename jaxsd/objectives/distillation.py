@@ -7,7 +7,7 @@ with guidance says in two.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jaxsd.diffusion.weighting import loss_weight
 from jaxsd.errors import JaxsdError
 from jaxsd.models import guidance_scale_embedding
 from jaxsd.nn import Net, Params
-from jaxsd.objectives.denoising import Denoiser, Example, preview
+from jaxsd.objectives import Batch
+from jaxsd.objectives.denoising import Denoiser, Example, preview, with_dropout
 from jaxsd.pipeline import Lending, Pipeline
 
 SCALE_CHANNELS = 256  # of the embedded guidance scale, as in LCM (Luo et al. 2023)
@@ -81,18 +82,22 @@ def ask_teacher(
 class Student:
     """Base of the objectives that distil.
 
-    base: gives the student's network, its schedule, and the rest of the model; its `initial`
-    parameters are not read: a student starts as its teacher. steps: in which it is to be sampled.
-    guidance: the range from which a guidance scale is drawn for each example, None to follow the
-    teacher without guidance. dtype: in which both networks compute; the loss is float32.
+    base: gives the student's network, its schedule, the rest of the model, and the parameters to
+    start from: the teacher's. steps: in which it is to be sampled. guidance: the range from which a
+    guidance scale is drawn for each example, None to follow the teacher without guidance; then a
+    share `dropout` of what it is told is left out, so that it may be guided like the teacher.
+    dtype: in which both networks compute; the loss is float32.
     """
 
     base: Denoiser
     teacher: Teacher
     steps: int
     guidance: tuple[float, float] | None = None
+    dropout: float = 0.0
     weighting: str = "truncated-snr"  # of `diffusion.weighting`
     dtype: str = "float32"
+
+    sampler: ClassVar[str] = "ddim"  # with which it is to be sampled
 
     def __post_init__(self):
         self.net: Net = self.base.net
@@ -112,9 +117,16 @@ class Student:
 
     def init(self, key: jax.Array) -> Params:
         """The teacher. How the guidance scale enters begins at zero: it says nothing yet."""
-        shapes = self.net.shapes
-        new = {name: jnp.zeros(shapes[name]) for name in shapes.keys() - self.teacher.params.keys()}
-        return {**self.teacher.params, **new}
+        given = self.base.init(key)
+        return {n: given.get(n, jnp.zeros(shape)) for n, shape in self.net.shapes.items()}
+
+    def example(self, params: Params, aux: Any, batch: Batch, key: jax.Array) -> Example:
+        """Of a batch, what both networks are shown, float32, and told."""
+        key, key_told = jax.random.split(key)
+        example = self.base.example(params, aux["base"], batch, key)
+        if self.guidance is None:
+            example = example._replace(cond=with_dropout(example, self.dropout, key_told))
+        return example._replace(x0=example.x0.astype(jnp.float32))
 
     def scales(self, key: jax.Array, count: int) -> jax.Array | None:
         """Guidance scales [count], uniform in the range."""
@@ -140,7 +152,9 @@ class Student:
         scale = 1.0 if self.guidance is None else sum(self.guidance) / 2
         with self._lent(params) as pipe:
             prompts = self.base.preview_prompts
-            return preview(pipe, prompts, steps=self.steps, guidance_scale=scale)
+            return preview(
+                pipe, prompts, steps=self.steps, guidance_scale=scale, sampler=self.sampler
+            )
 
     def export(self, params: Params, folder: str | Path) -> None:
         self.pipeline(params).save(folder)

@@ -24,8 +24,8 @@ class Guided(Student):
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
         key_example, key_t, key_eps, key_scale = jax.random.split(now.key, 4)
-        example = self.base.example(params, aux["base"], batch, key_example)
-        x0 = example.x0.astype(jnp.float32)
+        example = self.example(params, aux, batch, key_example)
+        x0 = example.x0
         t = self.schedule.random_times(key_t, len(x0), self.schedule.continuous)
         here = jumps.Level(t, *self.schedule.alpha_sigma(t))
         z = jumps.noised(x0, jax.random.normal(key_eps, x0.shape, jnp.float32), here)

@@ -34,8 +34,8 @@ class Progressive(Student):
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
         key_example, key_rung, key_eps, key_scale = jax.random.split(now.key, 4)
-        example = self.base.example(params, aux["base"], batch, key_example)
-        x0 = example.x0.astype(jnp.float32)
+        example = self.example(params, aux, batch, key_example)
+        x0 = example.x0
         step = jax.random.randint(key_rung, x0.shape[:1], 0, self.steps)
         start, middle, end = (self._rungs.at(2 * step + i) for i in range(3))
         eps = jax.random.normal(key_eps, x0.shape, jnp.float32)

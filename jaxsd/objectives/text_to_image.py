@@ -179,11 +179,6 @@ def _check(unet: UNetConfig | UNet2DConfig, towers: Towers) -> None:
             f"this UNet takes {unet.in_channels} channels where the latents have {channels}: it is "
             f"of {kind} model, which text-to-image does not train"
         )
-    if unet.time_cond_proj_dim is not None:
-        raise JaxsdError(
-            "this UNet was distilled with its guidance (LCM), which a plain denoising loss would "
-            "undo: fine-tune the model it came from"
-        )
     if unet.class_conditional:
         raise JaxsdError("this UNet is told classes, which text-to-image does not give")
     xl = unet.addition_embed_type == "text_time"

@@ -42,6 +42,10 @@ class Common(Together, Options):
         """The objective, and its batches as a function (start, stop)."""
         raise NotImplementedError
 
+    def stages(self) -> "list[Common]":
+        """The trainings that this one stands for, one after the other; by default itself."""
+        return [self]
+
     def evaluators(self, objective: Any) -> list[Any]:
         """What is measured on the way (`recipes.evaluation`)."""
         return []

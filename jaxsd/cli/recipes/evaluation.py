@@ -163,10 +163,10 @@ class DenoisingEvaluation(FeatureOptions):
         loss = in_loop.denoising_loss(objective.loss_by_bucket, objective.aux, held_out)
         found = [self.evaluator("eval", loss)]
         if self.eval_samples:
-            found.append(self.evaluator("drawn", self._drawn(objective, held_out)))
+            found.append(self.evaluator("drawn", self.drawn(objective, held_out, self.eval_steps)))
         return found
 
-    def _drawn(self, objective: Any, held_out: Any) -> Any:
+    def drawn(self, objective: Any, held_out: Any, steps: int, sampler: str = "ddim") -> Any:
         """The measure of drawn pictures. All files are opened now: one may be missing."""
         from jaxsd import data
         from jaxsd.evaluation import clip_score, features, in_loop, samples
@@ -192,7 +192,8 @@ class DenoisingEvaluation(FeatureOptions):
 
         how = Sampling(
             count=self.eval_samples,
-            steps=self.eval_steps,
+            steps=steps,
+            sampler=sampler,
             guidance_scale=self.eval_guidance_scale,
             sampling_seeds=(0,),
             batch_size=self.eval_batch_size,

@@ -28,10 +28,11 @@ class ModelOptions:
     use_ema: bool = False
     """Start from a single file's averaged weights, if it holds them."""
 
-    def load(self, family: str | None, only: Collection[str]) -> Any:
+    def load(self, family: str | None, only: Collection[str], latent: bool = True) -> Any:
         """The model's parts, `jaxsd.components.Parts`, as far as they are in `only`, in float32.
 
         Without a model there are VAE and text encoders alone, and the schedule of the family.
+        JaxsdError for a model without VAE, if it must be `latent`.
         """
         import jax.numpy as jnp
 
@@ -65,6 +66,6 @@ class ModelOptions:
                 if tower == "text_encoder" or folder.is_dir():
                     found[tower] = components.load_component(folder, jnp.float32)
                     words[name] = open_tokenizer(self.text_encoder / name)
-        if "vae" not in found:
+        if latent and "vae" not in found:
             raise JaxsdError(f"{self.model} is no latent model: it has no VAE")
         return dataclasses.replace(parts, components=found, tokenizers=words)

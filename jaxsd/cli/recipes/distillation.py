@@ -1,0 +1,114 @@
+"""What the recipes of students share: the teacher, what both are shown, and the options."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from jaxsd.cli.recipes.common import MakeBatches, remembering, share
+from jaxsd.cli.recipes.evaluation import DenoisingEvaluation
+from jaxsd.cli.recipes.latent_data import LatentData
+from jaxsd.cli.recipes.models import ModelOptions
+from jaxsd.diffusion.weighting import WEIGHTINGS
+from jaxsd.errors import JaxsdError
+from jaxsd.training.options import one_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation(LatentData, DenoisingEvaluation, ModelOptions):
+    """Options of the recipes that make a student of a teacher, `--model`, of any kind."""
+
+    data: str = ""
+    """As of text-to-image. By default the digits: scans for a model of pixels, else coloured."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
+    """What the student predicts; by default what its teacher does."""
+    weighting: Annotated[str, one_of(*WEIGHTINGS)] = "truncated-snr"
+    """What noise levels count: the error of the picture times max(SNR, 1) or SNR + 1 (Salimans &
+    Ho 2022), or min(SNR, 5); none: the error of the prediction as it is."""
+    guidance_range: tuple[float, float] | None = None
+    """The guidance scales, least and most, at which the teacher is followed. By default those on
+    which a teacher was trained that is told the scale; for any other, none."""
+    condition_dropout: float = 0.1
+    """Without guidance: the share of examples whose caption or class is left out, so that the
+    student can be guided."""
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    decay: Annotated[str, one_of("cosine", "linear", "constant")] = "linear"
+    ema_decay: float = 0.0
+    """Of the averaged parameters, which are what is exported; 0 for the last ones."""
+
+    def teacher_and_base(
+        self, told: bool | None = None, class_name: str = "DDIMScheduler"
+    ) -> tuple[Any, Any, MakeBatches]:
+        """The teacher, the denoiser that gives the student's network, and batches.
+
+        told: whether the student is told the guidance scale; None: as its teacher is.
+        """
+        from jaxsd.diffusion.jumps import student_schedule
+        from jaxsd.hub import FOLDERS
+        from jaxsd.objectives.distillation import Teacher, takes_scale
+
+        if self.model is None:
+            raise JaxsdError("give the teacher with --model")
+        parts = self.load(None, FOLDERS, latent=False)
+        unet = parts.components["unet"]
+        # What the network computes in; vectors stay, as those of the student do
+        params = {n: p.astype(self.dtype) if p.ndim > 1 else p for n, p in unet.params.items()}
+        teacher = Teacher(unet.net, params, parts.schedule)
+        told = takes_scale(unet.net) if told is None else told
+        schedule = student_schedule(parts.schedule, self.prediction_type, class_name)
+        config = self._student(unet.net.config, told)
+        return teacher, *self._base(parts, config, schedule, unet.params)
+
+    def _student(self, config: Any, told: bool) -> Any:
+        """The config of the student's UNet."""
+        from jaxsd.models import UNetConfig
+        from jaxsd.objectives.distillation import SCALE_CHANNELS
+
+        if not told or config.time_cond_proj_dim is not None:
+            return config
+        if not isinstance(config, UNetConfig):
+            raise JaxsdError(
+                f"a {config.CLASS_NAME} cannot be told the guidance scale: only a "
+                f"{UNetConfig.CLASS_NAME} can"
+            )
+        return dataclasses.replace(config, time_cond_proj_dim=SCALE_CHANNELS)
+
+    def _base(
+        self, parts: Any, config: Any, schedule: Any, initial: Any
+    ) -> tuple[Any, MakeBatches]:
+        from jaxsd import data
+        from jaxsd.objectives.ddpm import DDPM
+
+        own = self._named(latent="vae" in parts.components)
+        if "vae" in parts.components:
+            return own.text_to_image(parts, config, schedule, initial=initial)
+        dataset = data.elements(own.data, "train", self.seed)
+        return DDPM(config, schedule, initial=initial), lambda start, stop: data.batches(
+            dataset, self.batch_size, start, stop, shard=self.rows()
+        )
+
+    def _named(self, latent: bool) -> "Distillation":
+        """These options with a word for the data."""
+        default = "digits" if latent else "digit-scans"
+        return dataclasses.replace(self, data=self.data or default)
+
+    def shared(self, teacher: Any) -> dict[str, Any]:
+        """The fields that every student has."""
+        known = getattr(teacher.net.config, "guidance_range", None)
+        return {
+            "guidance": self.guidance_range or known,
+            "weighting": self.weighting,
+            "dropout": share("condition_dropout", self.condition_dropout),
+            "dtype": self.dtype,
+        }
+
+    def evaluators(self, objective: Any) -> list[Any]:
+        """Pictures that the student draws in its own steps."""
+        if not self.evaluates():
+            return []
+        if not self.eval_samples:
+            raise JaxsdError("a student is measured by what it draws: give --eval-samples")
+        towers = getattr(objective.base, "towers", None)
+        own = self._named(latent=towers is not None)
+        held_out = own.held_out(remembering(towers.tokenize) if towers else None)
+        drawn = own.drawn(objective, held_out, objective.steps, objective.sampler)
+        return [self.evaluator("drawn", drawn)]

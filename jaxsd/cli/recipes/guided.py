@@ -1,0 +1,31 @@
+"""`train.py guided`."""
+
+import dataclasses
+
+from jaxsd.cli.recipes.common import MakeBatches
+from jaxsd.cli.recipes.distillation import Distillation
+from jaxsd.errors import JaxsdError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guided(Distillation):
+    """A student told the guidance scale says in one pass what takes two (Meng et al. 2023).
+
+    `progressive` makes of it one that samples in few steps.
+    """
+
+    guidance_range: tuple[float, float] | None = (1.0, 9.0)
+    told: bool = True
+    """Whether the student is told the scale. If not, it learns one scale (give the same twice), or
+    (with None) its teacher as it is, in another --prediction-type."""
+
+    def build(self) -> tuple[object, MakeBatches]:
+        from jaxsd.objectives.distillation import takes_scale
+        from jaxsd.objectives.guided import Guided as Objective
+
+        teacher, base, make_batches = self.teacher_and_base(told=self.told)
+        if takes_scale(teacher.net) and self.told:
+            raise JaxsdError(
+                f"{self.model} is told the guidance scale already: `progressive` makes it faster"
+            )
+        return Objective(base, teacher, 50, **self.shared(teacher)), make_batches

@@ -1,0 +1,86 @@
+"""`train.py progressive`: a chain of trainings, each of which halves the steps."""
+
+import dataclasses
+
+from jaxsd.cli.recipes.common import Common, MakeBatches
+from jaxsd.cli.recipes.distillation import Distillation
+from jaxsd.cli.recipes.guided import Guided
+from jaxsd.errors import JaxsdError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progressive(Distillation):
+    """Half as many sampling steps, again and again: 64 -> 32 -> ... -> 1 (Salimans & Ho 2022).
+
+    Each stage is a training of its own in workdir/N-steps, with a new optimizer and a learning rate
+    that falls to 0; it leaves a model that samples in N steps, the teacher of the next. A teacher
+    that was distilled by `guided`, and is told the guidance scale, is followed at all its scales.
+    """
+
+    start_steps: int = 64
+    """Sampling steps of the first teacher."""
+    end_steps: int = 1
+    """Sampling steps of the last student: start_steps halved once or more."""
+    last_stages_steps: int | None = None
+    """Updates of the stages that end at 2 steps and at 1; by default twice --steps."""
+    convert_steps: int = 0
+    """Updates of a stage that comes first, in workdir/converted, and turns a teacher that predicts
+    eps into one that predicts v, or what --prediction-type says."""
+    encoder: bool = False
+    """Students of the reversed sampler: from pictures to noise."""
+
+    def stages(self) -> list[Common]:
+        from jaxsd.diffusion.jumps import halvings
+
+        counts = halvings(self.start_steps, self.end_steps)
+        if self.convert_steps < 0:
+            raise JaxsdError(f"convert_steps must be at least 0, not {self.convert_steps}")
+        found: list[Common] = []
+        teacher = self.model
+        if self.convert_steps:
+            names = {field.name for field in dataclasses.fields(Guided)}
+            own = {name: value for name, value in vars(self).items() if name in names}
+            own |= {"steps": self.convert_steps, "workdir": self.workdir / "converted"}
+            own["prediction_type"] = self.prediction_type or "v_prediction"
+            found.append(Guided(**own, told=False))
+            teacher = str(found[-1].workdir / "model")
+        if len(counts) == 1 and not found:
+            return [self]
+        for count in counts:
+            last = 2 * self.steps if self.last_stages_steps is None else self.last_stages_steps
+            found.append(
+                dataclasses.replace(
+                    self,
+                    model=teacher,
+                    workdir=self.workdir / f"{count}-steps",
+                    start_steps=2 * count,
+                    end_steps=count,
+                    steps=last if count <= 2 else self.steps,
+                    last_stages_steps=None,
+                    convert_steps=0,
+                    prediction_type=None if self.convert_steps else self.prediction_type,
+                )
+            )
+            teacher = str(found[-1].workdir / "model")
+        return found
+
+    def build(self) -> tuple[object, MakeBatches]:
+        from jaxsd.objectives.progressive import Progressive as Objective
+
+        teacher, base, make_batches = self.teacher_and_base()
+        kinds = teacher.schedule.prediction_type, base.schedule.prediction_type
+        if kinds[0] != kinds[1]:
+            raise JaxsdError(
+                f"the teacher predicts {kinds[0]} and its student would start from its weights to "
+                f"predict {kinds[1]}: turn it with --convert-steps first"
+            )
+        if kinds[0] == "epsilon" and self.prediction_type is None:
+            raise JaxsdError(
+                "the teacher predicts eps, which says nothing of the picture where there is noise "
+                "alone: turn it into one that predicts v with --convert-steps 2000, say (or insist "
+                "with --prediction-type epsilon)"
+            )
+        objective = Objective(
+            base, teacher, self.end_steps, encoder=self.encoder, **self.shared(teacher)
+        )
+        return objective, make_batches

@@ -40,12 +40,14 @@ class Options:
     sampler: tuple[str, ...] | None = None
     """One or several; by default ddim, or a consistency model's own."""
     guidance_scale: tuple[float, ...] | None = None
-    """One or several; by default 1 for scans, 3 for coloured pictures and 7.5 with --data."""
+    """One or several; by default what the model was distilled for, else 1 for scans, 3 for
+    coloured pictures and 7.5 with --data."""
     spacing: Literal["leading", "trailing", "linspace"] | None = None
     """How the steps are spread over the schedule; by default as the model says. A model that was
     not distilled is best at few steps with trailing."""
     teacher: str | None = None
-    """A model of the same kind, to measure the distance to what it draws from the same noise."""
+    """A model of the same kind, to measure the distance to what it draws from the same noise; not
+    clipped on the way, since that is what students are taught."""
     teacher_steps: int | None = None
     """Of DDIM; by default 256, or a quarter of the schedule's timesteps, which that divides."""
     teacher_guidance: float | None = None
@@ -85,12 +87,12 @@ def run(options: Options) -> dict[str, Any]:
     """Every row of the report: figures, or (mean, standard deviation over sampling seeds)."""
     from jaxsd import pipeline
 
-    pipe = pipeline.load(options.model)
-    if options.spacing:
-        pipe.schedule = dataclasses.replace(pipe.schedule, timestep_spacing=options.spacing)
     for name in ("teacher_steps", "teacher_guidance"):
         if getattr(options, name) is not None and options.teacher is None:
             raise JaxsdError(f"--{name.replace('_', '-')} needs --teacher, a model to compare with")
+    pipe = pipeline.load(options.model)
+    if options.spacing:
+        pipe.schedule = dataclasses.replace(pipe.schedule, timestep_spacing=options.spacing)
     if options.data is not None:
         return _against_pictures(pipe, options)
     pictures = ("inception", "statistics", "clip", "holdout", "caption_column")
@@ -138,6 +140,10 @@ def _digits(pipe: Any, options: Options) -> dict[str, Any]:
     count, scale = (2000, 1.0) if pixel else (1000, 3.0)
     count = options.count or count
     wanted = _rows(pipe, options, count, seeds=3, batch_size=100, scale=scale)
+    negative = None
+    if options.negative_prompts and not pixel:  # first, for a student without them is refused
+        how = dataclasses.replace([*wanted.values()][-1], count=options.negative_prompts)
+        negative = models.negative_prompt_shares(pipe, how)
     with _teacher(pipe, options) as teacher:
         rows: dict[str, Any] = {
             name: models.evaluate_model(pipe, how, teacher) for name, how in wanted.items()
@@ -148,10 +154,8 @@ def _digits(pipe: Any, options: Options) -> dict[str, Any]:
     clip = components.find(options.model) / "clip"
     if clip.is_dir() and pipe.tokenizer is not None:
         result["zero_shot"] = models.zero_shot(components.load_clip(clip), pipe.tokenizer)
-    if options.negative_prompts and not pixel:
-        *_, how = wanted.values()
-        how = dataclasses.replace(how, count=options.negative_prompts)
-        result["negative_prompts"] = models.negative_prompt_shares(pipe, how)
+    if negative is not None:
+        result["negative_prompts"] = negative
     return result
 
 
@@ -159,16 +163,16 @@ def _rows(
     pipe: Any, options: Options, count: int, seeds: int, batch_size: int, scale: float
 ) -> dict[str, Any]:
     """How each row is drawn, by its name: what cannot be is refused before any work."""
-    from jaxsd.evaluation.drawing import Sampling, usual_sampler, usual_steps
+    from jaxsd.evaluation.drawing import Sampling, usual_sampler, usual_scale, usual_steps
 
     steps = options.steps or (usual_steps(pipe),)
     names = options.sampler or (usual_sampler(pipe),)
-    scales = options.guidance_scale or (scale,)
+    scales = options.guidance_scale or (usual_scale(pipe, scale),)
     several = len(steps) * len(names) > 1
     found = {}
     for name, number, guidance in itertools.product(names, steps, scales):
         pipe.plan_steps(name, number)
-        suffix = f", {number} {name} steps" if several else ""
+        suffix = f", {number} {name} step{'s' * (number > 1)}" if several else ""
         found[f"{options.model}, guidance {guidance:g}{suffix}"] = Sampling(
             count=count,
             steps=number,

@@ -115,6 +115,12 @@ def usual_steps(pipe: Pipeline) -> int:
     return told or (50 if usual_sampler(pipe) == "ddim" else 4)
 
 
+def usual_scale(pipe: Pipeline, otherwise: float) -> float:
+    """The guidance scale that the model was distilled for, if its schedule says."""
+    told = getattr(pipe.schedule, "default_guidance_scale", None)
+    return otherwise if told is None else told
+
+
 def is_guided(pipe: Pipeline, how: Sampling) -> bool:
     """Whether the network is asked with and without the prompt, and not told the scale instead."""
     return how.guidance_scale > 1 and pipe.takes_prompts and not pipe.guidance_embedded

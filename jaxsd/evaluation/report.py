@@ -201,15 +201,19 @@ def summarise(rows: Sequence[Mapping[str, float]]) -> Summary:
     return summary
 
 
-def format_table(rows: Mapping[str, Mapping[str, float | tuple[float, float]]]) -> str:
+def format_table(
+    rows: Mapping[str, Mapping[str, float | tuple[float, float]]],
+    columns: Mapping[str, tuple[str, int]] = COLUMNS,
+) -> str:
     """Rows by name as an aligned Markdown table; cells may be figures or (mean, sd).
 
-    Columns follow COLUMNS and appear when some row has them; what is missing or NaN shows as –.
+    columns: (heading, decimals) by key; those appear that some row has. What is missing or NaN
+    shows as –.
     """
-    keys = [key for key in COLUMNS if any(key in row for row in rows.values())]
-    table = [["", *(COLUMNS[key][0] for key in keys)]]
+    keys = [key for key in columns if any(key in row for row in rows.values())]
+    table = [["", *(columns[key][0] for key in keys)]]
     for name, row in rows.items():
-        table.append([name, *(_cell(row.get(key), COLUMNS[key][1]) for key in keys)])
+        table.append([name, *(_cell(row.get(key), columns[key][1]) for key in keys)])
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     table.insert(1, ["-" * max(width, 3) for width in widths])
     lines = ("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsd import pipeline
+from jaxsd.diffusion.jumps import student_schedule
 from jaxsd.errors import JaxsdError
 from jaxsd.evaluation.drawing import Drawn, Sampling, costs, draw_batch, draw_batches
 from jaxsd.pipeline import Pipeline
@@ -53,17 +54,19 @@ def load_teacher(
 ) -> Teacher:
     """Opens the teacher of a student; JaxsdError if they do not draw of the same noise and prompts.
 
+    Its steps lead from pure noise to the picture and are not clipped, as the students are taught
+    (`student_schedule`): clipped at every step, DDIM goes elsewhere the more steps there are.
     steps: by default 256, or on a schedule of timesteps a quarter of them (250 of 1000), since
     DDIM's steps meet only where their number divides the timesteps.
     """
     pipe = pipeline.load(model)
+    pipe.schedule = student_schedule(pipe.schedule)
     theirs, own = _kind(pipe), _kind(student)
     if theirs != own:
         raise JaxsdError(
             f"the teacher {model} draws {theirs}, the model {own}: give a teacher of the same kind"
         )
-    schedule = pipe.schedule
-    usual = 256 if schedule.continuous else schedule.num_train_timesteps // 4
+    usual = 256 if pipe.schedule.continuous else pipe.schedule.num_train_timesteps // 4
     teacher = Teacher(pipe, folder, usual if steps is None else steps, guidance_scale)
     pipe.plan_steps("ddim", teacher.steps)  # refused before any work
     return teacher

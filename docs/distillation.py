@@ -6,21 +6,24 @@ that it goes on where it was stopped; a row whose model has other weights now is
 `--no-measure` prints and draws what is known. Needs matplotlib: `pip install -e ".[docs]"`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import distillation_plot
 import numpy as np
 import tyro
 
 import jaxsd
 from jaxsd.diffusion.jumps import student_schedule
 from jaxsd.errors import JaxsdError
-from jaxsd.evaluation import models, report
+from jaxsd.evaluation import drawing, models, report
 from jaxsd.evaluation.drawing import Sampling
 from jaxsd.evaluation.same_noise import Teacher, load_teacher
 from jaxsd.weights import read_json, write_json
@@ -68,6 +71,9 @@ class Options:
     batch_size: int = 100
     measure: bool = True
     """Also measure the rows that are not known yet."""
+    retime: bool = False
+    """Take the times of the plot's rows again, one after the other: for a machine that does nothing
+    else, after rows were measured while it did."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +126,19 @@ class Results:
         entry = self._known.get(self._key(row))
         if entry is None or weights not in (None, entry["weights"]):
             return None
-        figures = entry["figures"].items()
-        return {name: tuple(v) if isinstance(v, list) else v for name, v in figures}
+        return {
+            name: (*v, math.nan)[:2] if isinstance(v, list) else v
+            for name, v in entry["figures"].items()
+        }
 
     def put(self, row: Row, weights: str, figures: report.Summary) -> None:
-        known = {name: v for name, v in figures.items() if np.isfinite(v).all()}
+        """What is not known, NaN, is left out: JSON has no such number."""
+        known: dict[str, Any] = {}
+        for name, value in figures.items():
+            if isinstance(value, tuple):
+                value = [v for v in value if not math.isnan(v)] or math.nan
+            if isinstance(value, list) or not math.isnan(value):
+                known[name] = value
         self._known[self._key(row)] = {"weights": weights, "figures": known}
         write_json(self._file, dict(sorted(self._known.items())))
 
@@ -147,25 +161,27 @@ def pixel_teacher(options: Options) -> Teacher:
     return load_teacher("digits-ddpm", pipe, folder, TEACHER_STEPS)
 
 
-def measure(row: Row, options: Options) -> report.Summary:
-    """Models as they ship, but those that read text as their students step, where steps are few:
+@contextlib.contextmanager
+def sampling(row: Row, options: Options) -> Iterator[tuple[Any, Sampling]]:
+    """The pipeline and how it is to draw.
 
-    a step or two of "leading" spacing would begin next to the picture, where noise is not expected.
+    Models are as they ship, but those that read text step as their students do where steps are few:
+    one or two of "leading" spacing would begin next to the picture.
     """
     pipe, _ = opened(row.model, options.runs)
-    pixel, shipped = row.panel == "pixel", pipe.schedule
     how = Sampling(
-        count=options.pixel_count if pixel else options.text_count,
+        count=options.pixel_count if row.panel == "pixel" else options.text_count,
         steps=row.steps,
         sampler=row.sampler,
         guidance_scale=row.scale,
         sampling_seeds=tuple(range(options.seeds)),
         batch_size=options.batch_size,
     )
+    shipped = pipe.schedule
     if row.model == "digits" and row.steps != REFERENCE["text"]:
         pipe.schedule = student_schedule(shipped)
     try:
-        return models.evaluate_model(pipe, how, pixel_teacher(options) if pixel else None)
+        yield pipe, how
     finally:
         pipe.schedule = shipped
 
@@ -187,8 +203,25 @@ def measure_all(rows: list[Row], options: Options, results: Results) -> None:
             missing.add(row.model)
             continue
         if results.get(row, weights) is None:
-            results.put(row, weights, measure(row, options))
+            teacher = pixel_teacher(options) if row.panel == "pixel" else None
+            with sampling(row, options) as (pipe, how):
+                results.put(row, weights, models.evaluate_model(pipe, how, teacher))
             print(f"{row.name}, guidance {row.scale:g}", file=sys.stderr, flush=True)
+
+
+def retime(rows: list[Row], options: Options, results: Results, batches: int = 6) -> None:
+    """The times of the rows that the plot shows, of a few batches each."""
+    for row in [row for panel in PANELS for row in shown(known_rows(rows, results), panel)]:
+        _, weights = opened(row.model, options.runs)
+        figures = results.get(row, weights)
+        if figures is not None:
+            with sampling(row, options) as (pipe, how):
+                prompts = [str(i % 10) for i in range(how.batch_size)]
+                if row.panel == "text":
+                    prompts, _ = models.full_prompts(how.batch_size, 0)
+                drawn = [drawing.draw_batch(pipe, prompts, how, i, 0) for i in range(batches)]
+                costs = drawing.costs(pipe, how, [batch.seconds for batch in drawn])
+            results.put(row, weights, figures | costs)
 
 
 def measure_floor(panel: str, options: Options, results: Results) -> None:
@@ -278,65 +311,39 @@ def tables(known: dict[Row, report.Summary], results: Results) -> Iterator[str]:
             yield f"digits, {heading}\n\n{report.format_table(by_name, scales)}"
 
 
-# --- The plot --------------------------------------------------------------------------------
-
-COLOURS = {"DDIM": "#777777", "DPM++ 2M": "#c07a2c", "progressive": "#1f5fa8",
-           "consistency": "#3a8f4d"}  # fmt: skip
-
-
-def plot(known: dict[Row, report.Summary], results: Results, image: Path) -> None:
-    """FD feat against steps, both logarithmic; bars are the spread over sampling seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 4.4), layout="constrained")
-    for axis, (panel, (title, _)) in zip(axes, PANELS.items(), strict=True):
-        mine = shown(known, panel)
-        for curve, colour in COLOURS.items():
-            line = sorted((row.steps, *_pair(figures["fd_features"]))
-                          for row, figures in mine.items() if row.curve == curve)  # fmt: skip
-            if line:
-                style = {"marker": "o", "markersize": 5, "capsize": 3, "color": colour}
-                student = curve not in ("DDIM", "DPM++ 2M")
-                label = f"{curve} student" if student else f"teacher, {curve}"
-                steps, fd, spread = zip(*line, strict=True)
-                axis.errorbar(steps, fd, spread, label=label, **style, lw=2 if student else 1.3)
-        if real := results.get(floor(panel)):
-            label = "real training scans"
-            axis.axhline(_pair(real["fd_features"])[0], color="black", ls=":", lw=1, label=label)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        ticks = sorted({row.steps for row in mine})
-        axis.set_xticks(ticks, list(map(str, ticks)))
-        low, high = axis.get_ylim()
-        levels = [y for y in (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if low <= y <= high]
-        axis.set_yticks(levels, [f"{y:g}" for y in levels])
-        axis.minorticks_off()
-        axis.grid(alpha=0.25)
-        axis.set(title=title, xlabel="sampling steps", ylabel="FD feat (lower is better)")
-        axis.legend(frameon=False)
-    image.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image, dpi=130)
-    pyplot.close(figure)
+def panels(known: dict[Row, report.Summary], results: Results) -> list[distillation_plot.Panel]:
+    """What the plot shows."""
+    found = []
+    for panel, (title, _) in PANELS.items():
+        curves: dict[str, list[tuple[int, float, float]]] = {}
+        for row, figures in shown(known, panel).items():
+            curves.setdefault(row.curve, []).append((row.steps, *pair(figures["fd_features"])))
+        real = results.get(floor(panel))
+        if curves:
+            level = pair(real["fd_features"])[0] if real else None
+            found.append(distillation_plot.Panel(title, curves, level))
+    return found
 
 
-def _pair(value: float | tuple[float, float]) -> tuple[float, float]:
-    """(mean, spread), of a single figure without one."""
-    return value if isinstance(value, tuple) else (value, 0.0)
+def pair(value: float | tuple[float, float]) -> tuple[float, float]:
+    """(mean, spread), which is 0 where it is not known."""
+    mean, spread = value if isinstance(value, tuple) else (value, 0.0)
+    return mean, float(np.nan_to_num(spread))
 
 
 def main(options: Options) -> None:
     rows, results = all_rows(options), Results(options)
     if options.measure:
         measure_all(rows, options, results)
+    if options.retime:
+        retime(rows, options, results)
     known = known_rows(rows, results)
     print(f"{options.pixel_count} scans or {options.text_count} pictures for each of "
           f"{options.seeds} sampling seeds; ± is the spread over these")  # fmt: skip
     for table in tables(known, results):
         print(f"\n{table}")
-    plot(known, results, options.image)
+    if found := panels(known, results):
+        distillation_plot.draw(found, options.image)
 
 
 if __name__ == "__main__":

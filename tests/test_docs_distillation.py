@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -22,6 +23,7 @@ def script(monkeypatch, tmp_path):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "distillation", module)  # for its dataclasses
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec.loader.exec_module(module)
     module.seen, module.digests, module.absent = [], {}, set()
 
@@ -102,11 +104,27 @@ def test_the_tables(script, capsys):
     assert len(others) == 1 and "| 7.759" in others[0]
 
 
+def test_one_seed_has_no_spread_and_times_are_taken_again(script, capsys, monkeypatch):
+    monkeypatch.setattr(
+        script.models,
+        "evaluate_model",
+        lambda *_: {"fd_features": (2.0, math.nan), "cas": (math.nan, math.nan), "passes": 1.0},
+    )
+    batch = types.SimpleNamespace(seconds=0.007)
+    monkeypatch.setattr(script.drawing, "draw_batch", lambda *_: batch)
+    monkeypatch.setattr(script.drawing, "costs", lambda p, h, s: {"ms_per_image": sum(s)})
+    script.run(seeds=1, only=("digits-lcm",), retime=True)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("| digits-lcm, 4 lcm steps"))
+    assert line.endswith("| 2.00    | 1      | 0.04     |") and "CAS" not in out
+
+
 def test_the_plot(script, tmp_path):
     script.run()
     with Image.open(tmp_path / "p.png") as image:
         width, height = image.size
         colours = image.convert("RGB").getcolors(width * height)
     drawn = {colour for count, colour in colours if count > 100}
-    wanted = {tuple(bytes.fromhex(c[1:])) for c in script.COLOURS.values()}
+    known = script.distillation_plot
+    wanted = {tuple(bytes.fromhex(c[1:])) for c in (known.TEACHERS | known.STUDENTS).values()}
     assert wanted <= drawn and width > 2 * height

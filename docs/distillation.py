@@ -3,7 +3,8 @@
 `python docs/distillation.py` keeps each row in docs/distillation.json as soon as it is measured, so
 that it goes on where it was stopped; a row whose model has other weights now is measured again.
 `--only pixel`, `--only text`, or names of models choose rows: the tables show all there are.
-`--no-measure` prints and draws what is known. Needs matplotlib: `pip install -e ".[docs]"`.
+`--no-measure` prints and draws what is known; `--retime` takes all times anew, for a machine that
+does nothing else. Needs matplotlib: `pip install -e ".[docs]"`.
 """
 
 import contextlib
@@ -72,8 +73,10 @@ class Options:
     measure: bool = True
     """Also measure the rows that are not known yet."""
     retime: bool = False
-    """Take the times of the plot's rows again, one after the other: for a machine that does nothing
-    else, after rows were measured while it did."""
+    """Take the times of the plot's rows again, one after the other."""
+
+    def count(self, panel: str) -> int:
+        return self.pixel_count if panel == "pixel" else self.text_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +120,7 @@ class Results:
         self._known = read_json(options.results) if options.results.exists() else {}
 
     def _key(self, row: Row) -> str:
-        count = self._options.pixel_count if row.panel == "pixel" else self._options.text_count
-        drawn = f"{count} pictures x {self._options.seeds} seeds"
+        drawn = f"{self._options.count(row.panel)} pictures x {self._options.seeds} seeds"
         return f"{row.panel}: {row.name}, guidance {row.scale:g}, {drawn}"
 
     def get(self, row: Row, weights: str | None = None) -> report.Summary | None:
@@ -170,7 +172,7 @@ def sampling(row: Row, options: Options) -> Iterator[tuple[Any, Sampling]]:
     """
     pipe, _ = opened(row.model, options.runs)
     how = Sampling(
-        count=options.pixel_count if row.panel == "pixel" else options.text_count,
+        count=options.count(row.panel),
         steps=row.steps,
         sampler=row.sampler,
         guidance_scale=row.scale,
@@ -188,6 +190,9 @@ def sampling(row: Row, options: Options) -> Iterator[tuple[Any, Sampling]]:
 
 def measure_all(rows: list[Row], options: Options, results: Results) -> None:
     """Those that are chosen and not known yet, a model after the other."""
+    names = {row.panel for row in rows} | {row.model for row in rows}
+    if unknown := {*options.only} - names:
+        sys.exit(f"--only {unknown.pop()}: there are {', '.join(sorted(names))}")
     chosen = [r for r in rows if not options.only or {r.panel, r.model} & {*options.only}]
     for panel in sorted({row.panel for row in chosen}):
         measure_floor(panel, options, results)
@@ -227,10 +232,8 @@ def retime(rows: list[Row], options: Options, results: Results, batches: int = 6
 def measure_floor(panel: str, options: Options, results: Results) -> None:
     """The training scans themselves: no model can be expected to do better."""
     if results.get(floor(panel)) is None:
-        pixel = panel == "pixel"
-        controls = report.controls if pixel else report.picture_controls
-        count = options.pixel_count if pixel else options.text_count
-        results.put(floor(panel), "", controls(count=count)[FLOOR])
+        controls = report.controls if panel == "pixel" else report.picture_controls
+        results.put(floor(panel), "", controls(count=options.count(panel))[FLOOR])
 
 
 def floor(panel: str) -> Row:
@@ -295,8 +298,7 @@ def shown(known: dict[Row, report.Summary], panel: str) -> dict[Row, report.Summ
 def tables(known: dict[Row, report.Summary], results: Results) -> Iterator[str]:
     """Markdown, one after the other, each under a line that says what it is."""
     for panel, columns in (("pixel", PIXEL_COLUMNS), ("text", TEXT_COLUMNS)):
-        rows = {row.name: figures for row, figures in shown(known, panel).items()}
-        if rows:
+        if rows := {row.name: figures for row, figures in shown(known, panel).items()}:
             if real := results.get(floor(panel)):
                 rows[FLOOR] = real
             yield f"{PANELS[panel][0]}{NOTES[panel]}\n\n{report.format_table(rows, columns)}"

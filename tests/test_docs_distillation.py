@@ -71,6 +71,8 @@ def test_rows_are_measured_once(script, capsys, tmp_path):
     ]
     script.run()
     script.run(measure=False, only=("pixel",))
+    with pytest.raises(SystemExit, match="--only cats: there are digits, digits-1step"):
+        script.run(only=("cats",))
     assert len(script.seen) == 42
     script.run(only=("digits-1step",), seeds=1)  # are other figures, and replace none
     assert len(script.seen) == 44 and len(json.loads((tmp_path / "r.json").read_text())) == 45

@@ -34,7 +34,7 @@ class Teacher:
     def batch(self, prompts: Sequence[str], how: Sampling, seed: int, start: int) -> Drawn:
         """What it draws in place of `draw_batch` with the same arguments."""
         scale = how.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        file = self.folder / f"guidance-{scale}-seed-{seed}-from-{start}.npz"
+        file = self.folder / f"{self.steps}-steps-guidance-{scale}-seed-{seed}-from-{start}.npz"
         if file.exists():
             with np.load(file) as kept:
                 return Drawn(kept["latents"], kept["pixels"], float(kept["seconds"]))

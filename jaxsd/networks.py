@@ -241,15 +241,18 @@ class Networks(Model):
 
     def decode_array(self, latents: jax.Array) -> np.ndarray:
         """As `decode`, but a uint8 array [n, h, w, c]."""
+        return pictures.to_uint8(self.decode_pixels(latents))
+
+    def decode_pixels(self, latents: jax.Array) -> np.ndarray:
+        """What `decode_array` clips to [-1, 1] and rounds: float32 [n, h, w, c]."""
         params = self.params["vae"] if self.vae else {}
 
         def decode(part: Any) -> np.ndarray:
             return np.asarray(self._compiled_decode(params, part))
 
         if self.vae is None or not self.vae_tile:
-            return pictures.to_uint8(decode(latents))
-        tiles = tiled(decode, np.asarray(latents), self.vae_tile, self._downscale)
-        return pictures.to_uint8(tiles)
+            return decode(latents)
+        return tiled(decode, np.asarray(latents), self.vae_tile, self._downscale)
 
     # --- The compiled parts ---
 

@@ -18,7 +18,7 @@ from jaxsd.evaluation import (
     similarity,
     statistics,
 )
-from jaxsd.evaluation.models import Sampling
+from jaxsd.evaluation.drawing import Sampling
 from jaxsd.objectives import denoising, text_to_image
 from jaxsd.pictures import to_uint8
 

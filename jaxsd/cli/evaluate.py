@@ -1,14 +1,19 @@
 """`jaxsd evaluate MODEL`: what a model draws against real pictures, in figures.
 
 A model of digits is held to the 450 held-out scans, beside controls. With --data any model is held
-to a folder of pictures: FID and KID on Inception's features, and CLIP score.
+to a folder of pictures: FID and KID on Inception's features, and CLIP score. With --teacher it is
+also compared with what that draws from the same noise.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -19,7 +24,8 @@ from jaxsd.errors import JaxsdError
 class Options:
     """Measure a model against real pictures: digits against the held-out scans, others by --data.
 
-    Distances need equal counts to be compared, and the same pictures, features and steps.
+    Of several --steps, --sampler and --guidance-scale every combination is a row. Distances need
+    equal counts to be compared, and the same pictures and features.
     """
 
     model: tyro.conf.Positional[str] = "digits-ddpm"
@@ -29,10 +35,23 @@ class Options:
     --data, as many as there are real ones."""
     sampling_seeds: int | None = None
     """How many times to draw them: the spread is over these. By default 3, or 1 with --data."""
-    steps: int = 50
-    sampler: str = "ddim"
+    steps: tuple[int, ...] | None = None
+    """One or several; by default what the model was distilled for, else 50."""
+    sampler: tuple[str, ...] | None = None
+    """One or several; by default ddim, or a consistency model's own."""
     guidance_scale: tuple[float, ...] | None = None
-    """One or several; by default 1 for scans, 3 for coloured pictures and 7.5 with --data."""
+    """One or several; by default what the model was distilled for, else 1 for scans, 3 for
+    coloured pictures and 7.5 with --data."""
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """How the steps are spread over the schedule; by default as the model says. A model that was
+    not distilled is best at few steps with trailing."""
+    teacher: str | None = None
+    """A model of the same kind, to measure the distance to what it draws from the same noise; not
+    clipped on the way, since that is what students are taught."""
+    teacher_steps: int | None = None
+    """Of DDIM; by default 256, or a quarter of the schedule's timesteps, which that divides."""
+    teacher_guidance: float | None = None
+    """By default each row's --guidance-scale."""
     controls: bool = True
     """Also the real scans, per-class Gaussian, class means, ... measured by the same code; with
     --data the CLIP score of the real pictures."""
@@ -68,7 +87,12 @@ def run(options: Options) -> dict[str, Any]:
     """Every row of the report: figures, or (mean, standard deviation over sampling seeds)."""
     from jaxsd import pipeline
 
+    for name in ("teacher_steps", "teacher_guidance"):
+        if getattr(options, name) is not None and options.teacher is None:
+            raise JaxsdError(f"--{name.replace('_', '-')} needs --teacher, a model to compare with")
     pipe = pipeline.load(options.model)
+    if options.spacing:
+        pipe.schedule = dataclasses.replace(pipe.schedule, timestep_spacing=options.spacing)
     if options.data is not None:
         return _against_pictures(pipe, options)
     pictures = ("inception", "statistics", "clip", "holdout", "caption_column")
@@ -78,7 +102,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _against_pictures(pipe: Any, options: Options) -> dict[str, Any]:
-    from jaxsd.evaluation import clip_score, features, real, report, samples
+    from jaxsd.evaluation import clip_score, features, real, samples
 
     if options.inception is None and options.clip is None:
         raise JaxsdError("--data needs --inception for FID and KID, or --clip for the CLIP score")
@@ -88,26 +112,24 @@ def _against_pictures(pipe: Any, options: Options) -> dict[str, Any]:
         str(options.data), pipe.default_size, options.caption_column, options.holdout
     )
     clip = None if options.clip is None else clip_score.load_judge(options.clip)
-    how = _sampling(options, options.count or len(chosen), 1, 8)
-    prompts = chosen.captions(how.count)
-    by = samples.Measures(clip=clip)
-    if options.inception is not None:
-        known = features.inception(options.inception)
-        counts = range(len(chosen) + 1)  # some may be broken
-        reference = samples.reference(chosen.batches, known, options.statistics, counts)
-        by = dataclasses.replace(by, features=known, reference=reference)
-    rows: dict[str, Any] = {}
-    for scale in options.guidance_scale or (7.5,):
-        how = dataclasses.replace(how, guidance_scale=scale)
-        measured = [
-            samples.measure(pipe, prompts, dataclasses.replace(how, sampling_seeds=(seed,)), by)[0]
-            for seed in how.sampling_seeds
-        ]
-        rows[f"{options.model}, guidance {scale:g}"] = report.summarise(measured)
+    count = options.count or len(chosen)
+    wanted = _rows(pipe, options, count, seeds=1, batch_size=8, scale=7.5)
+    prompts = chosen.captions(count)
+    with _teacher(pipe, options) as teacher:
+        by = samples.Measures(clip=clip)
+        if options.inception is not None:
+            known = features.inception(options.inception)
+            counts = range(len(chosen) + 1)  # some may be broken
+            reference = samples.reference(chosen.batches, known, options.statistics, counts)
+            by = dataclasses.replace(by, features=known, reference=reference)
+        rows: dict[str, Any] = {
+            name: samples.evaluate_model(pipe, prompts, how, by, teacher)
+            for name, how in wanted.items()
+        }
+        result = _report(options, wanted, rows, teacher)
     if options.controls and clip is not None:
         rows["real pictures"] = chosen.score(clip)
-    result = {"sampling": dataclasses.asdict(how), "rows": rows, "real": len(chosen)}
-    return result | {"skipped": chosen.skipped}
+    return result | {"real": len(chosen), "skipped": chosen.skipped}
 
 
 def _digits(pipe: Any, options: Options) -> dict[str, Any]:
@@ -115,33 +137,78 @@ def _digits(pipe: Any, options: Options) -> dict[str, Any]:
     from jaxsd.evaluation import models, report
 
     pixel = models.is_pixel_model(pipe)
-    how = _sampling(options, options.count or (2000 if pixel else 1000), 3, 100)
-    rows: dict[str, Any] = {}
-    for scale in options.guidance_scale or ((1.0,) if pixel else (3.0,)):
-        how = dataclasses.replace(how, guidance_scale=scale)
-        rows[f"{options.model}, guidance {scale:g}"] = models.evaluate_model(pipe, how)
+    count, scale = (2000, 1.0) if pixel else (1000, 3.0)
+    count = options.count or count
+    wanted = _rows(pipe, options, count, seeds=3, batch_size=100, scale=scale)
+    negative = None
+    if options.negative_prompts and not pixel:  # first, for a student without them is refused
+        how = dataclasses.replace([*wanted.values()][-1], count=options.negative_prompts)
+        negative = models.negative_prompt_shares(pipe, how)
+    with _teacher(pipe, options) as teacher:
+        rows: dict[str, Any] = {
+            name: models.evaluate_model(pipe, how, teacher) for name, how in wanted.items()
+        }
+        result = _report(options, wanted, rows, teacher)
     if options.controls:
-        rows |= (report.controls if pixel else report.picture_controls)(count=how.count)
-    result: dict[str, Any] = {"sampling": dataclasses.asdict(how), "rows": rows}
+        rows |= (report.controls if pixel else report.picture_controls)(count=count)
     clip = components.find(options.model) / "clip"
     if clip.is_dir() and pipe.tokenizer is not None:
         result["zero_shot"] = models.zero_shot(components.load_clip(clip), pipe.tokenizer)
-    if options.negative_prompts and not pixel:
-        how = dataclasses.replace(how, count=options.negative_prompts)
-        result["negative_prompts"] = models.negative_prompt_shares(pipe, how)
+    if negative is not None:
+        result["negative_prompts"] = negative
     return result
 
 
-def _sampling(options: Options, count: int, seeds: int, batch_size: int) -> Any:
-    from jaxsd.evaluation.models import Sampling
+def _rows(
+    pipe: Any, options: Options, count: int, seeds: int, batch_size: int, scale: float
+) -> dict[str, Any]:
+    """How each row is drawn, by its name: what cannot be is refused before any work."""
+    from jaxsd.evaluation.drawing import Sampling, usual_sampler, usual_scale, usual_steps
 
-    return Sampling(
-        count=count,
-        steps=options.steps,
-        sampler=options.sampler,
-        sampling_seeds=tuple(range(options.sampling_seeds or seeds)),
-        batch_size=options.batch_size or batch_size,
-    )
+    steps = options.steps or (usual_steps(pipe),)
+    names = options.sampler or (usual_sampler(pipe),)
+    scales = options.guidance_scale or (usual_scale(pipe, scale),)
+    several = len(steps) * len(names) > 1
+    found = {}
+    for name, number, guidance in itertools.product(names, steps, scales):
+        pipe.plan_steps(name, number)
+        suffix = f", {number} {name} step{'s' * (number > 1)}" if several else ""
+        found[f"{options.model}, guidance {guidance:g}{suffix}"] = Sampling(
+            count=count,
+            steps=number,
+            sampler=name,
+            guidance_scale=guidance,
+            sampling_seeds=tuple(range(options.sampling_seeds or seeds)),
+            batch_size=options.batch_size or batch_size,
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _teacher(pipe: Any, options: Options) -> Iterator[Any]:
+    """The teacher, if there is one, whose pictures are kept while this lasts."""
+    from jaxsd.evaluation.same_noise import load_teacher
+
+    if options.teacher is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxsd-teacher-") as folder:
+        known = options.teacher_steps, options.teacher_guidance
+        yield load_teacher(options.teacher, pipe, Path(folder), *known)
+
+
+def _report(options: Options, wanted: dict[str, Any], rows: dict, teacher: Any) -> dict[str, Any]:
+    """How it was measured, with lists where rows differ, and the rows."""
+    hows = [dataclasses.asdict(how) for how in wanted.values()]
+    sampling = hows[-1]
+    for name in ("steps", "sampler", "guidance_scale"):
+        values = [*dict.fromkeys(how[name] for how in hows)]
+        sampling[name] = values if len(values) > 1 else values[0]
+    result: dict[str, Any] = {"sampling": sampling, "rows": rows}
+    if teacher is not None:
+        told = {"model": options.teacher, "steps": teacher.steps}
+        result["teacher"] = told | {"guidance_scale": teacher.guidance_scale}
+    return result
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,8 +223,14 @@ def main(argv: list[str] | None = None) -> None:
     how, real = result["sampling"], result.get("real")
     print(
         f"{how['count']} samples for each of {len(how['sampling_seeds'])} sampling seeds, "
-        f"{how['steps']} {how['sampler']} steps; ± is the spread over sampling seeds"
+        f"{_listed(how['steps'])} {_listed(how['sampler'])} steps; ± is the spread over sampling "
+        f"seeds; {how['batch_size']} at a time"
     )
+    if teacher := result.get("teacher"):
+        print(
+            f"RMSE to {teacher['model']}, {teacher['steps']} DDIM steps from the same noise: of "
+            "what is drawn, in [-1, 1], before it is rounded"
+        )
     if real is not None:
         # None may have been looked at: their features may come from a file
         broken = len(result["skipped"])
@@ -173,6 +246,10 @@ def main(argv: list[str] | None = None) -> None:
         for colour, share in shares.items():
             before, after = (f"{share[k]:.1%}" for k in ("without", "with"))
             print(f"| {colour} | {before} | {after} | {share['digit']:.1%} |".replace("nan%", "–"))
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _no_nan(value: Any) -> Any:

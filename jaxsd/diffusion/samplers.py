@@ -210,6 +210,16 @@ def make_steps(
     return padded(steps)
 
 
+def evaluations(sampler: str, steps: Steps) -> int:
+    """How often a run through the grid asks the network.
+
+    Once for each row, and again where a sampler that looks twice has noise left to look at.
+    """
+    rows = slice(int(steps.first), int(steps.count))
+    twice = get_sampler(sampler).second is not None
+    return len(steps.t[rows]) + (int((steps.mid_sigma[rows] > 0).sum()) if twice else 0)
+
+
 def _refuse_switches(schedule: Schedule, name: str, sampler: Sampler) -> None:
     known = () if schedule.continuous else SCHEDULER_CLASSES[sampler.scheduler].defaults
     usual = {field.name: field.default for field in dataclasses.fields(Schedule)}

@@ -16,9 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsd.errors import Diverged, JaxsdError
 from jaxsd.evaluation import samples, similarity
+from jaxsd.evaluation.drawing import Sampling
 from jaxsd.evaluation.features import Features
 from jaxsd.evaluation.held_out import Batch, HeldOut, cycled
-from jaxsd.evaluation.models import Sampling
 from jaxsd.evaluation.samples import Measures
 from jaxsd.evaluation.statistics import Running, distances
 from jaxsd.nn import Net, Params

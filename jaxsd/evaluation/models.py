@@ -1,7 +1,6 @@
 """Draws pictures from a model of digits and measures them (`report.py` says how)."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,65 +8,12 @@ import numpy as np
 
 from jaxsd.components import Component
 from jaxsd.data import digits
-from jaxsd.errors import Diverged, JaxsdError
+from jaxsd.errors import JaxsdError
 from jaxsd.evaluation import report
+from jaxsd.evaluation.drawing import Sampling, draw
+from jaxsd.evaluation.same_noise import Observer, Teacher
 from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import Tokenizer
-
-Summary = dict[str, tuple[float, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn: all of it goes into the report."""
-
-    count: int = 2000
-    steps: int = 50
-    sampler: str = "ddim"
-    guidance_scale: float = 1.0
-    sampling_seeds: tuple[int, ...] = (0, 1, 2)
-    batch_size: int = 100
-
-
-def draw(
-    pipe: Pipeline, prompts: Sequence[str], how: Sampling, seed: int, negative_prompt: str = ""
-) -> np.ndarray:
-    """uint8 pictures [n, h, w, c], one of each prompt: all batches of `draw_batches`."""
-    return np.concatenate(list(draw_batches(pipe, prompts, how, seed, negative_prompt)))
-
-
-def draw_batches(
-    pipe: Pipeline,
-    prompts: Sequence[str],
-    how: Sampling,
-    seed: int,
-    negative_prompt: str = "",
-    place: Callable[[jax.Array], jax.Array] = lambda noise: noise,
-) -> Iterator[np.ndarray]:
-    """uint8 pictures [b, h, w, c], one of each prompt, in batches of one shape.
-
-    Picture i has the seed 1,000,000 * seed + i. At guidance scale 1 the unconditional half is left
-    out: it would be multiplied by zero; a model that is told the scale has none. place: puts the
-    noise where the pictures are to be drawn. Diverged if they are not finite.
-    """
-    for start in range(0, len(prompts), how.batch_size):
-        chosen = list(prompts[start : start + how.batch_size])
-        missing = how.batch_size - len(chosen)
-        chosen += chosen[:1] * missing  # the last batch runs in the program of the others
-        seeds = [1_000_000 * seed + start + i for i in range(len(chosen))]
-        halved = how.guidance_scale != 1 and not pipe.guidance_embedded
-        latents = pipe.denoise(
-            place(pipe.noise(seeds)),
-            pipe.encode(chosen),
-            pipe.encode([negative_prompt] * len(chosen)) if halved or negative_prompt else None,
-            steps=how.steps,
-            guidance_scale=how.guidance_scale,
-            sampler=how.sampler,
-            seeds=seeds,
-        )
-        if not jnp.isfinite(latents).all():
-            raise Diverged("the model draws NaN or infinity: it has diverged")
-        yield pipe.decode_array(latents)[: how.batch_size - missing]
 
 
 def is_pixel_model(pipe: Pipeline) -> bool:
@@ -80,21 +26,22 @@ def is_pixel_model(pipe: Pipeline) -> bool:
     raise JaxsdError(f"evaluate measures models of digits; this one makes {size[0]}x{size[1]} px")
 
 
-def evaluate_model(pipe: Pipeline, how: Sampling) -> Summary:
-    """Mean and spread of every metric over the sampling seeds."""
-    if is_pixel_model(pipe):
-        labels = np.arange(how.count) % 10
-        prompts = [str(label) for label in labels]
-        rows = []
-        for seed in how.sampling_seeds:
-            scans = draw(pipe, prompts, how, seed)[..., 0] / np.float32(127.5) - 1
-            rows.append(report.evaluate_scans(scans, labels, seed))
-        return report.summarise(rows)
-    rows = []
+def evaluate_model(pipe: Pipeline, how: Sampling, teacher: Teacher | None = None) -> report.Summary:
+    """Mean and spread of every metric over the sampling seeds, and what a picture costs."""
+    pixel, rows = is_pixel_model(pipe), []
+    seen = Observer(pipe, how, teacher)
     for seed in how.sampling_seeds:
-        prompts, wanted = full_prompts(how.count, seed)
-        rows.append(report.evaluate_pictures(draw(pipe, prompts, how, seed), wanted, seed))
-    return report.summarise(rows)
+        if pixel:
+            labels = np.arange(how.count) % 10
+            drawn = np.concatenate([*seen.pictures([str(label) for label in labels], seed)])
+            scans = drawn[..., 0] / np.float32(127.5) - 1
+            row = report.evaluate_scans(scans, labels, seed)
+        else:
+            prompts, wanted = full_prompts(how.count, seed)
+            drawn = np.concatenate([*seen.pictures(prompts, seed)])
+            row = report.evaluate_pictures(drawn, wanted, seed)
+        rows.append(row | seen.rmse())
+    return report.summarise(rows) | seen.costs()
 
 
 def full_prompts(count: int, seed: int) -> tuple[list[str], list[digits.Attributes]]:
@@ -151,8 +98,14 @@ def negative_prompt_shares(
     """For each colour: the share of strokes in it, without and with its name as negative prompt.
 
     `how.count` pictures each, with the same seeds, of a prompt that leaves the colour free.
-    "digit" is the share in which the digit is still the one asked for.
+    "digit" is the share in which the digit is still the one asked for. JaxsdError for a model that
+    has no unconditional half.
     """
+    if pipe.guidance_embedded:
+        raise JaxsdError(
+            "this model was distilled with its guidance and has no unconditional half: negative "
+            "prompts can do nothing"
+        )
     wanted = digits.parse_caption(prompt)[0]
 
     def look(negative: str) -> tuple[np.ndarray, float]:

@@ -18,6 +18,7 @@ from jaxsd.evaluation import metrics
 from jaxsd.evaluation.judge import flatten_scans, judges, real_scans
 
 Row = dict[str, float]
+Summary = dict[str, float | tuple[float, float]]  # figures, or (mean, spread over sampling seeds)
 
 # key -> (heading, decimals), in the order of the table.
 COLUMNS: dict[str, tuple[str, int]] = {
@@ -42,6 +43,10 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "kd_spread": ("KD sd of subsets", 5),
     "kd_all": ("KD of all", 5),
     "clip_score": ("CLIP score", 2),
+    "rmse_to_teacher": ("RMSE to teacher", 4),
+    "rmse_latents": ("RMSE of latents", 4),
+    "passes": ("passes", 0),
+    "ms_per_image": ("ms/image", 2),
 }
 
 
@@ -183,12 +188,12 @@ def _mean_of_known(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def summarise(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+def summarise(rows: Sequence[Mapping[str, float]]) -> Summary:
     """(mean, standard deviation) of each metric over rows, one a sampling seed.
 
     The standard deviation is the sample one (n - 1), NaN for a single row.
     """
-    summary = {}
+    summary: Summary = {}
     for key in rows[0]:
         values = np.array([row[key] for row in rows])
         sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
@@ -196,15 +201,19 @@ def summarise(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, flo
     return summary
 
 
-def format_table(rows: Mapping[str, Mapping[str, float | tuple[float, float]]]) -> str:
+def format_table(
+    rows: Mapping[str, Mapping[str, float | tuple[float, float]]],
+    columns: Mapping[str, tuple[str, int]] = COLUMNS,
+) -> str:
     """Rows by name as an aligned Markdown table; cells may be figures or (mean, sd).
 
-    Columns follow COLUMNS and appear when some row has them; what is missing or NaN shows as –.
+    columns: (heading, decimals) by key; those appear that some row has. What is missing or NaN
+    shows as –.
     """
-    keys = [key for key in COLUMNS if any(key in row for row in rows.values())]
-    table = [["", *(COLUMNS[key][0] for key in keys)]]
+    keys = [key for key in columns if any(key in row for row in rows.values())]
+    table = [["", *(columns[key][0] for key in keys)]]
     for name, row in rows.items():
-        table.append([name, *(_cell(row.get(key), COLUMNS[key][1]) for key in keys)])
+        table.append([name, *(_cell(row.get(key), columns[key][1]) for key in keys)])
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     table.insert(1, ["-" * max(width, 3) for width in widths])
     lines = ("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table)

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from jaxsd.errors import JaxsdError
-from jaxsd.evaluation import statistics
+from jaxsd.evaluation import report, statistics
 from jaxsd.evaluation.clip_score import ClipJudge, clip_score
+from jaxsd.evaluation.drawing import Sampling, draw_batches
 from jaxsd.evaluation.features import Features
-from jaxsd.evaluation.models import Sampling, draw_batches
+from jaxsd.evaluation.same_noise import Observer, Teacher
 from jaxsd.evaluation.statistics import Running, Statistics
 from jaxsd.pipeline import Pipeline
 from jaxsd.weights.files import as_path
@@ -73,12 +74,31 @@ def measure(
     shown: list[np.ndarray] = []
 
     def passing_by() -> Iterator[np.ndarray]:
-        for batch in draw_batches(pipe, prompts, how, how.sampling_seeds[0], place=place):
+        for drawn in draw_batches(pipe, prompts, how, how.sampling_seeds[0], place=place):
+            batch = drawn.rounded
             shown.extend(batch[: SHOWN - len(shown)])
             yield batch
 
     found = measures.of(passing_by(), prompts)
     return found, np.stack(shown)
+
+
+def evaluate_model(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    how: Sampling,
+    measures: Measures,
+    teacher: Teacher | None = None,
+) -> report.Summary:
+    """Mean and spread of what `measures` say over the sampling seeds, and what a picture costs.
+
+    Each time of one picture of each prompt.
+    """
+    seen, rows = Observer(pipe, how, teacher), []
+    for seed in how.sampling_seeds:
+        row = measures.of(seen.pictures(prompts, seed), prompts)
+        rows.append(row | seen.rmse())
+    return report.summarise(rows) | seen.costs()
 
 
 def reference(

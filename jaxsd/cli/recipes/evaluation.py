@@ -170,7 +170,7 @@ class DenoisingEvaluation(FeatureOptions):
         """The measure of drawn pictures. All files are opened now: one may be missing."""
         from jaxsd import data
         from jaxsd.evaluation import clip_score, features, in_loop, samples
-        from jaxsd.evaluation.models import Sampling
+        from jaxsd.evaluation.drawing import Sampling
 
         for name, least in (("eval_samples", 2), ("eval_steps", 1)):
             if getattr(self, name) < least:

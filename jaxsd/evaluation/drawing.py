@@ -111,13 +111,13 @@ def usual_sampler(pipe: Pipeline) -> str:
 
 def usual_steps(pipe: Pipeline) -> int:
     """What the model was distilled for, if its schedule says; else 4 to jump, 50 to walk."""
-    told = getattr(pipe.schedule, "default_steps", None)
+    told = pipe.schedule.default_steps
     return told or (50 if usual_sampler(pipe) == "ddim" else 4)
 
 
 def usual_scale(pipe: Pipeline, otherwise: float) -> float:
     """The guidance scale that the model was distilled for, if its schedule says."""
-    told = getattr(pipe.schedule, "default_guidance_scale", None)
+    told = pipe.schedule.default_guidance_scale
     return otherwise if told is None else told
 
 

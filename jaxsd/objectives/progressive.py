@@ -36,7 +36,7 @@ class Progressive(Student):
         rungs = jumps.reverse(rungs) if self.encoder else rungs
         # As arguments, and of one length: then all stages are one compiled program
         more = max(RUNGS - len(rungs.t), 0)
-        padded = jumps.Level(*(np.pad(values, (0, more), "edge") for values in rungs))
+        padded = jax.tree.map(lambda values: np.pad(values, (0, more), "edge"), rungs)
         self.aux |= {"rungs": padded, "steps": np.int32(self.steps)}
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):

@@ -8,13 +8,15 @@ from jaxsd.cli.recipes.distillation import Distillation
 from jaxsd.errors import JaxsdError
 from jaxsd.training.options import one_of
 
+STEPS = 4  # in which such students are usually sampled
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Consistency(Distillation):
     """A student that jumps to the picture from anywhere: latent consistency (Luo et al. 2023).
 
-    It is sampled with lcm, in 1 to 8 steps, and is told the guidance scale. With --guidance-range
-    None the teacher is followed without guidance.
+    It is sampled with lcm, in 1 to 8 steps, and is told the guidance scale, unless it is a LoRA.
+    With --guidance-range None the teacher is followed without guidance.
     """
 
     guidance_range: tuple[float, float] | None = (1.0, 9.0)
@@ -32,17 +34,17 @@ class Consistency(Distillation):
         if self.original_steps < 1:
             raise JaxsdError(f"original_steps must be at least 1, not {self.original_steps}")
         teacher, base, make_batches = self.teacher_and_base(
-            told=self.guidance_range is not None, class_name="LCMScheduler"
-        )
-        base.schedule = dataclasses.replace(
-            base.schedule, original_inference_steps=self.original_steps
+            STEPS,
+            self.guidance_range is not None and not self.lora_rank,
+            "LCMScheduler",
+            original_inference_steps=self.original_steps,
         )
         objective = Objective(
             base,
             teacher,
-            4,
+            STEPS,
             loss_type=self.loss_type,
             huber_c=self.huber_c,
             **self.shared(teacher),
         )
-        return objective, make_batches
+        return self.maybe_low_rank(objective), make_batches

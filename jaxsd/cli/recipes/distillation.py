@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from jaxsd.cli.recipes.common import MakeBatches, remembering, share
 from jaxsd.cli.recipes.evaluation import DenoisingEvaluation
 from jaxsd.cli.recipes.latent_data import LatentData
+from jaxsd.cli.recipes.low_rank import LoRAOptions
 from jaxsd.cli.recipes.models import ModelOptions
 from jaxsd.diffusion.weighting import WEIGHTINGS
 from jaxsd.errors import JaxsdError
@@ -13,7 +14,7 @@ from jaxsd.training.options import one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation(LatentData, DenoisingEvaluation, ModelOptions):
+class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
     """Options of the recipes that make a student of a teacher, `--model`, of any kind."""
 
     data: str = ""
@@ -26,6 +27,8 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions):
     guidance_range: tuple[float, float] | None = None
     """The guidance scales, least and most, at which the teacher is followed. By default those on
     which a teacher was trained that is told the scale; for any other, none."""
+    default_guidance_scale: float | None = None
+    """The scale at which the student is drawn where none is named; by default 7.5, as elsewhere."""
     condition_dropout: float = 0.1
     """Without guidance: the share of examples whose caption or class is left out, so that the
     student can be guided."""
@@ -36,11 +39,16 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions):
     """Of the averaged parameters, which are what is exported; 0 for the last ones."""
 
     def teacher_and_base(
-        self, told: bool | None = None, class_name: str = "DDIMScheduler"
+        self,
+        steps: int | None,
+        told: bool | None = None,
+        class_name: str = "DDIMScheduler",
+        **own: Any,
     ) -> tuple[Any, Any, MakeBatches]:
         """The teacher, the denoiser that gives the student's network, and batches.
 
-        told: whether the student is told the guidance scale; None: as its teacher is.
+        steps: those that the student is made for. told: whether it is told the guidance scale;
+        None: as its teacher is. own: what else its schedule says.
         """
         from jaxsd.diffusion.jumps import student_schedule
         from jaxsd.hub import FOLDERS
@@ -54,23 +62,34 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions):
         params = {n: p.astype(self.dtype) if p.ndim > 1 else p for n, p in unet.params.items()}
         teacher = Teacher(unet.net, params, parts.schedule)
         told = takes_scale(unet.net) if told is None else told
-        schedule = student_schedule(parts.schedule, self.prediction_type, class_name)
-        config = self._student(unet.net.config, told)
+        scales = self.scales(unet.net.config)
+        schedule = dataclasses.replace(
+            student_schedule(parts.schedule, self.prediction_type, class_name),
+            default_steps=steps,
+            default_guidance_scale=self.default_guidance_scale,
+            **own,
+        )
+        config = self._student(unet.net.config, scales if told else None)
         return teacher, *self._base(parts, config, schedule, unet.params)
 
-    def _student(self, config: Any, told: bool) -> Any:
-        """The config of the student's UNet."""
+    def scales(self, teacher: Any) -> tuple[float, float] | None:
+        """The least and the most guidance scale, of a teacher's config."""
+        return self.guidance_range or getattr(teacher, "guidance_range", None)
+
+    def _student(self, config: Any, scales: tuple[float, float] | None) -> Any:
+        """The config of the student's UNet; scales: that it is told of."""
         from jaxsd.models import UNetConfig
         from jaxsd.objectives.distillation import SCALE_CHANNELS
 
-        if not told or config.time_cond_proj_dim is not None:
+        if scales is None:
             return config
         if not isinstance(config, UNetConfig):
             raise JaxsdError(
                 f"a {config.CLASS_NAME} cannot be told the guidance scale: only a "
                 f"{UNetConfig.CLASS_NAME} can"
             )
-        return dataclasses.replace(config, time_cond_proj_dim=SCALE_CHANNELS)
+        size = config.time_cond_proj_dim or SCALE_CHANNELS
+        return dataclasses.replace(config, time_cond_proj_dim=size, guidance_range=scales)
 
     def _base(
         self, parts: Any, config: Any, schedule: Any, initial: Any
@@ -93,9 +112,8 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions):
 
     def shared(self, teacher: Any) -> dict[str, Any]:
         """The fields that every student has."""
-        known = getattr(teacher.net.config, "guidance_range", None)
         return {
-            "guidance": self.guidance_range or known,
+            "guidance": self.scales(teacher.net.config),
             "weighting": self.weighting,
             "dropout": share("condition_dropout", self.condition_dropout),
             "dtype": self.dtype,
@@ -107,8 +125,9 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions):
             return []
         if not self.eval_samples:
             raise JaxsdError("a student is measured by what it draws: give --eval-samples")
-        towers = getattr(objective.base, "towers", None)
+        student = self.plain(objective)
+        towers = getattr(student.base, "towers", None)
         own = self._named(latent=towers is not None)
         held_out = own.held_out(remembering(towers.tokenize) if towers else None)
-        drawn = own.drawn(objective, held_out, objective.steps, objective.sampler)
+        drawn = own.drawn(objective, held_out, student.steps, student.sampler)
         return [self.evaluator("drawn", drawn)]

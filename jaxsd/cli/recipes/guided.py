@@ -6,6 +6,8 @@ from jaxsd.cli.recipes.common import MakeBatches
 from jaxsd.cli.recipes.distillation import Distillation
 from jaxsd.errors import JaxsdError
 
+PREVIEW_STEPS = 50
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guided(Distillation):
@@ -23,9 +25,15 @@ class Guided(Distillation):
         from jaxsd.objectives.distillation import takes_scale
         from jaxsd.objectives.guided import Guided as Objective
 
-        teacher, base, make_batches = self.teacher_and_base(told=self.told)
+        if self.told and self.lora_rank:
+            raise JaxsdError(
+                "a LoRA changes weights that its base has, and has none that hear the guidance "
+                "scale: add --no-told, and give one scale as the range"
+            )
+        teacher, base, make_batches = self.teacher_and_base(None, self.told)
         if takes_scale(teacher.net) and self.told:
             raise JaxsdError(
                 f"{self.model} is told the guidance scale already: `progressive` makes it faster"
             )
-        return Objective(base, teacher, 50, **self.shared(teacher)), make_batches
+        objective = Objective(base, teacher, PREVIEW_STEPS, **self.shared(teacher))
+        return self.maybe_low_rank(objective), make_batches

@@ -67,7 +67,7 @@ class Progressive(Distillation):
     def build(self) -> tuple[object, MakeBatches]:
         from jaxsd.objectives.progressive import Progressive as Objective
 
-        teacher, base, make_batches = self.teacher_and_base()
+        teacher, base, make_batches = self.teacher_and_base(self.end_steps)
         kinds = teacher.schedule.prediction_type, base.schedule.prediction_type
         if kinds[0] != kinds[1]:
             raise JaxsdError(
@@ -83,4 +83,4 @@ class Progressive(Distillation):
         objective = Objective(
             base, teacher, self.end_steps, encoder=self.encoder, **self.shared(teacher)
         )
-        return objective, make_batches
+        return self.maybe_low_rank(objective), make_batches

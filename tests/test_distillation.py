@@ -82,7 +82,7 @@ def one_more_stage(params: dict, steps: int) -> dict:
 
 def test_the_one_step_student_of_a_64_step_teacher_says_9809_z():
     params = {"c": jnp.zeros(65)}
-    for steps in jumps.halvings(64, 1):
+    for steps in jumps.stages(64, 1):
         params = one_more_stage(params, steps)
     z = jnp.ones((1, 1, 1, 1))
     rungs = jumps.ladder(jumps.student_schedule(COSINE), 1)
@@ -132,8 +132,9 @@ def scaled(base, **changes):
     return dataclasses.replace(base, unet=unet)
 
 
-def test_a_stage_teaches_what_the_sampler_does_in_two_steps(pixels):
-    """Of the last stage: noise in, and the picture that the teacher draws in two steps."""
+@pytest.mark.parametrize("factor", [2, 5])
+def test_a_stage_teaches_what_the_sampler_does_in_its_steps(pixels, factor):
+    """Of the last stage: noise in, and the picture that the teacher draws in so many steps."""
     base, teacher, batch = pixels
     said = {}
 
@@ -147,11 +148,11 @@ def test_a_stage_teaches_what_the_sampler_does_in_two_steps(pixels):
 
     spied = dataclasses.replace(base)
     spied.net = Spy()
-    student = Progressive(spied, teacher, 1, weighting="snr+1")
+    student = Progressive(spied, teacher, 1, factor=factor, weighting="snr+1")
     loss, _ = student.loss(teacher.params, student.aux, batch, NOW)
     assert (said["t"] == 1000).all()
     pipe = Pipeline(Component(base.net, teacher.params), base.schedule)
-    drawn = pipe.denoise(said["z"], said["told"], None, steps=2, sampler="ddim")
+    drawn = pipe.denoise(said["z"], said["told"], None, steps=factor, sampler="ddim")
     # x = alpha z - sigma v with alpha = 0, and SNR + 1 times the error in x is that in v
     np.testing.assert_allclose(loss, jnp.square(drawn).mean(), rtol=1e-5)
 

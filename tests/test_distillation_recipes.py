@@ -83,7 +83,7 @@ def test_a_consistency_lora(teachers, tmp_path):
 
 REFUSED = {
     "give the teacher with --model": ("progressive",),
-    "no halving leads to 3": ("progressive", "--model", "TEACHER", "--end-steps", "3"),
+    "no division by 2 leads to 3": ("progressive", "--model", "TEACHER", "--end-steps", "3"),
     "turn it into one that predicts v": ("progressive", "--model", "EPSILON"),
     "turn it with --convert-steps": (
         *("progressive", "--model", "TEACHER", "--prediction-type", "sample"),
@@ -113,8 +113,8 @@ def test_what_cannot_be_is_refused_in_a_line(message, teachers, tmp_path):
 
 
 def test_a_dry_run_names_the_stages(teachers, tmp_path, capsys):
-    words = ("--model", teachers["v_prediction"], "--start-steps", 8, "--workdir", tmp_path / "run")
-    train("progressive", *words, "--dry-run")
+    words = ("--model", teachers["v_prediction"], "--workdir", tmp_path / "run")
+    train("progressive", *words, "--start-steps", 8, "--dry-run")
     said = capsys.readouterr().out
     assert "4-steps, 2-steps, 1-steps; the first:" in said and "memory: together" in said
     assert not (tmp_path / "run").exists()

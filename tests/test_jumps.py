@@ -88,6 +88,9 @@ def test_unit_gaussian_data_in_closed_form():
 
 @pytest.mark.parametrize(("start", "end"), [(64, 3), (6, 2), (4, 4), (4, 8), (5, 1), (4, 0)])
 def test_steps_that_no_halving_leads_to_are_refused(start, end):
-    with pytest.raises(JaxsdError, match="no halving leads"):
-        jumps.halvings(start, end)
-    assert jumps.halvings(64, 1) == [32, 16, 8, 4, 2, 1]
+    with pytest.raises(JaxsdError, match="no division by 2 leads"):
+        jumps.stages(start, end)
+    assert jumps.stages(64, 1) == [32, 16, 8, 4, 2, 1]
+    assert jumps.stages(64, 1, factor=4) == [16, 4, 1] and jumps.stages(64, 1, 64) == [1]
+    with pytest.raises(JaxsdError, match="factor must be at least 2, not 1"):
+        jumps.stages(64, 1, 1)

@@ -97,14 +97,17 @@ def explains(
     return alpha * z - sigma * v, alpha * v + sigma * z
 
 
-def halvings(start: int, end: int) -> list[int]:
-    """The steps of each student, start / 2 ... end; JaxsdError unless halving leads there."""
+def stages(start: int, end: int, factor: int = 2) -> list[int]:
+    """The steps of each student, start / 2 ... end; JaxsdError unless division leads there."""
+    if factor < 2:
+        raise JaxsdError(f"factor must be at least 2, not {factor}")
     found, steps = [], start
-    while steps > end and steps % 2 == 0:
-        steps //= 2
+    while steps > end and steps % factor == 0:
+        steps //= factor
         found.append(steps)
     if not found or steps != end or end < 1:
         raise JaxsdError(
-            f"from {start} steps no halving leads to {end}: take 64 and 4, say, or 64 and 1"
+            f"from {start} steps no division by {factor} leads to {end}: take 64 and 4, say, or "
+            "64 and 1"
         )
     return found

@@ -1,8 +1,8 @@
 """Progressive distillation (Salimans & Ho 2022, 2202.00512): one step where the teacher takes two.
 
 A stage makes of a teacher that samples in 2 N steps a student that samples in N; the next stage
-takes that for its teacher. With guidance scales it is stage two of guided distillation (Meng et al.
-2023, 2210.03142).
+takes that for its teacher. Another factor than 2 may stand in its place. With guidance scales it is
+stage two of guided distillation (Meng et al. 2023, 2210.03142).
 """
 
 import dataclasses
@@ -24,15 +24,17 @@ RUNGS = 257  # of 128 student steps; longer ladders have programs of their own
 class Progressive(Student):
     """Batches are those of `base`.
 
+    factor: how many of the teacher's steps one of the student's is worth; the paper's is 2.
     encoder: the steps lead the other way, from pictures to noise (2210.03142, section 3.3): the
     student of the reversed DDIM.
     """
 
+    factor: int = 2
     encoder: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        rungs = jumps.ladder(self.schedule, 2 * self.steps)
+        rungs = jumps.ladder(self.schedule, self.factor * self.steps)
         rungs = jumps.reverse(rungs) if self.encoder else rungs
         # As arguments, and of one length: then all stages are one compiled program
         more = max(RUNGS - len(rungs.t), 0)
@@ -44,20 +46,23 @@ class Progressive(Student):
         example = self.example(params, aux, batch, key_example)
         x0 = example.x0
         step = jax.random.randint(key_rung, x0.shape[:1], 0, aux["steps"])
-        start, middle, end = (aux["rungs"].at(2 * step + i) for i in range(3))
+        rungs, first = aux["rungs"], self.factor * step
+        start, end = rungs.at(first), rungs.at(first + self.factor)
         eps = jax.random.normal(key_eps, x0.shape, jnp.float32)
         scale = self.scales(key_scale, len(x0))
         z = jumps.noised(x0, eps, start)
         if not self.encoder:  # sampling begins with noise alone, where schedules may leave a trace
             z = jnp.where((step == 0)[:, None, None, None], eps, z)
 
-        kind, there = self.teacher.schedule.prediction_type, z
-        for here, goal in ((start, middle), (middle, end)):
+        def teach(i: jax.Array, there: jax.Array) -> jax.Array:
+            here, goal = rungs.at(first + i), rungs.at(first + i + 1)
             said = ask_teacher(
                 self.teacher, aux["teacher"], there, here.t, example, scale, self.dtype
             )
-            there = jumps.jump(kind, said, there, here, goal)
-        target = jax.lax.stop_gradient(jumps.explains(z, there, start, end))
+            return jumps.jump(self.teacher.schedule.prediction_type, said, there, here, goal)
+
+        landed = jax.lax.fori_loop(0, self.factor, teach, z)  # one teacher in the program, not two
+        target = jax.lax.stop_gradient(jumps.explains(z, landed, start, end))
 
         said = ask(self.net, params, z, start.t, example.cond, scale, self.dtype)
         error = self.error(said, *target, start)

@@ -74,7 +74,12 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
 
     def scales(self, teacher: Any) -> tuple[float, float] | None:
         """The least and the most guidance scale, of a teacher's config."""
-        return self.guidance_range or getattr(teacher, "guidance_range", None)
+        if self.guidance_range is None:
+            return getattr(teacher, "guidance_range", None)
+        low, high = self.guidance_range
+        if not 1 <= low <= high:
+            raise JaxsdError(f"guidance_range is from 1 on and rising, not {low:g} to {high:g}")
+        return low, high
 
     def _student(self, config: Any, scales: tuple[float, float] | None) -> Any:
         """The config of the student's UNet; scales: that it is told of."""

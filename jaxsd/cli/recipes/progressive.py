@@ -21,6 +21,8 @@ class Progressive(Distillation):
     """Sampling steps of the first teacher."""
     end_steps: int = 1
     """Sampling steps of the last student: start_steps halved once or more."""
+    factor: int = 2
+    """How many of a teacher's steps one of its student's is worth."""
     last_stages_steps: int | None = None
     """Updates of the stages that end at 2 steps and at 1; by default twice --steps."""
     convert_steps: int = 0
@@ -30,9 +32,9 @@ class Progressive(Distillation):
     """Students of the reversed sampler: from pictures to noise."""
 
     def stages(self) -> list[Common]:
-        from jaxsd.diffusion.jumps import halvings
+        from jaxsd.diffusion import jumps
 
-        counts = halvings(self.start_steps, self.end_steps)
+        counts = jumps.stages(self.start_steps, self.end_steps, self.factor)
         if self.convert_steps < 0:
             raise JaxsdError(f"convert_steps must be at least 0, not {self.convert_steps}")
         found: list[Common] = []
@@ -53,7 +55,7 @@ class Progressive(Distillation):
                     self,
                     model=teacher,
                     workdir=self.workdir / f"{count}-steps",
-                    start_steps=2 * count,
+                    start_steps=self.factor * count,
                     end_steps=count,
                     steps=last if count <= 2 else self.steps,
                     last_stages_steps=None,
@@ -81,6 +83,11 @@ class Progressive(Distillation):
                 "with --prediction-type epsilon)"
             )
         objective = Objective(
-            base, teacher, self.end_steps, encoder=self.encoder, **self.shared(teacher)
+            base,
+            teacher,
+            self.end_steps,
+            factor=self.factor,
+            encoder=self.encoder,
+            **self.shared(teacher),
         )
         return self.maybe_low_rank(objective), make_batches

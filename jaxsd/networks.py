@@ -106,6 +106,7 @@ class Networks(Model):
             self._downscale,
             default[0] if height is None else height,
             default[1] if width is None else width,
+            self.schedule.pictures_predicted,
         )
         return self._compiled_noise(_keys(seeds), shape)
 

@@ -30,11 +30,13 @@ def train(recipe, *words):
 def test_a_chain_of_stages_from_an_eps_teacher(teachers, tmp_path, capfd):
     words = ("--model", teachers["epsilon"], "--workdir", tmp_path, "--start-steps", 4)
     words += ("--convert-steps", 1, "--last-stages-steps", 3, "--default-guidance-scale", 1)
+    words += ("--prediction-type", "both")
     train("progressive", *words)
     folders = [tmp_path / name / "model" for name in ("converted", "2-steps", "1-steps")]
     assert capfd.readouterr().out.splitlines() == [str(folder) for folder in folders]
     pipes = [jaxsd.load(folder) for folder in folders]
-    assert [pipe.schedule.prediction_type for pipe in pipes] == ["v_prediction"] * 3
+    assert [pipe.schedule.prediction_type for pipe in pipes] == ["both"] * 3
+    assert [pipe.unet.config.out_channels for pipe in pipes] == [2] * 3
     assert [pipe.schedule.default_steps for pipe in pipes] == [None, 2, 1]
     assert pipes[-1].default_steps == 1 and pipes[-1].default_guidance_scale == 1
     for before, after in zip(pipes, pipes[1:], strict=False):

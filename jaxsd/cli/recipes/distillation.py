@@ -19,8 +19,9 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
 
     data: str = ""
     """As of text-to-image. By default the digits: scans for a model of pixels, else coloured."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
-    """What the student predicts; by default what its teacher does."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "both"] | None = None
+    """What the student predicts; by default what its teacher does. both: the picture and the noise,
+    which diffusers does not know."""
     weighting: Annotated[str, one_of(*WEIGHTINGS)] = "truncated-snr"
     """What noise levels count: the error of the picture times max(SNR, 1) or SNR + 1 (Salimans &
     Ho 2022), or min(SNR, 5); none: the error of the prediction as it is."""
@@ -70,6 +71,8 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
             **own,
         )
         config = self._student(unet.net.config, scales if told else None)
+        more = schedule.pictures_predicted // parts.schedule.pictures_predicted
+        config = dataclasses.replace(config, out_channels=config.out_channels * max(more, 1))
         return teacher, *self._base(parts, config, schedule, unet.params)
 
     def scales(self, teacher: Any) -> tuple[float, float] | None:

@@ -63,8 +63,9 @@ def test_guided_then_progressive(teachers, tmp_path):
     )
     student = jaxsd.load(first / "model")
     assert student.unet.config.guidance_range == (1, 5) and student.guidance_embedded
-    words = ("--model", first / "model", "--start-steps", 2, "--workdir", then)
-    train("progressive", *words)  # one stage, in the workdir itself
+    # One stage, in the workdir itself, of the guided teacher as it is
+    words = ("--model", teachers["v_prediction"], "--initial", first / "model", "--start-steps", 2)
+    train("progressive", *words, "--workdir", then)
     pipe = jaxsd.load(then / "model")
     assert pipe.unet.config == student.unet.config and pipe.schedule.default_steps == 1
     with pytest.raises(JaxsdError, match="is told the guidance scale already"):
@@ -95,6 +96,9 @@ REFUSED = {
     "rising, not 5 to 2": ("guided", "--model", "TEACHER", "--guidance-range", "5", "2"),
     "condition_dropout must be from 0 to 1": (
         *("progressive", "--model", "TEACHER", "--condition-dropout", "2", "--start-steps", "2"),
+    ),
+    "is no student of .* they differ in prediction_type": (
+        *("guided", "--model", "TEACHER", "--initial", "EPSILON"),
     ),
     "original_steps must be at least 1": (
         *("consistency", "--model", "TEACHER", "--original-steps", "0"),

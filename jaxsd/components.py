@@ -352,6 +352,16 @@ def save_parts(
         for name, tokenizer in parts.tokenizers.items():
             save_tokenizer(tokenizer, partial / name)
         weights.write_json(partial / "model_index.json", parts.index)
+    if variant is None and not orbax:
+        for name in parts.components:
+            _remove_other_form(as_path(folder) / name, quantised.is_asked_for(dtype))
+
+
+def _remove_other_form(folder: AnyPath, eight: bool) -> None:
+    """Of the plain form and that of eight bits the one that was not written: it would be read."""
+    for name in (weights.DIFFUSERS_FILE, weights.TRANSFORMERS_FILE):
+        other = name if eight else name.replace(".", f".{quantised.FORM}.", 1)
+        (folder / other).unlink(missing_ok=True)
 
 
 def make_index(configs: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:

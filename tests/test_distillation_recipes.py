@@ -14,9 +14,9 @@ SHORT = ("--steps", "2", "--batch-size", "8", "--save-every", "1")
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """Folders of a pixel model with random weights that predicts v, or eps."""
+    """Folders of a pixel model with random weights that predicts v, eps, or the picture."""
     folder, found = tmp_path_factory.mktemp("teachers"), {}
-    for kind in ("v_prediction", "epsilon"):
+    for kind in ("v_prediction", "epsilon", "sample"):
         made = tiny.ddpm(schedule=Schedule(beta_schedule="cosine", prediction_type=kind))
         made.export(tiny.parameters(made.net), folder / kind)
         found[kind] = str(folder / kind)
@@ -68,6 +68,9 @@ def test_guided_then_progressive(teachers, tmp_path):
     train("progressive", *words, "--workdir", then)
     pipe = jaxsd.load(then / "model")
     assert pipe.unet.config == student.unet.config and pipe.schedule.default_steps == 1
+    with pytest.raises(JaxsdError, match="1 to 30 is beyond 1 to 5"):
+        words = ("--model", first / "model", "--start-steps", 2, "--guidance-range", 1, 30)
+        train("progressive", *words, "--workdir", tmp_path / "again")
     with pytest.raises(JaxsdError, match="is told the guidance scale already"):
         train("guided", "--model", first / "model", "--workdir", tmp_path / "again")
 
@@ -80,7 +83,8 @@ def test_a_consistency_lora(teachers, tmp_path):
     pipe = jaxsd.load(teachers["v_prediction"])
     pipe.schedule = merged.schedule
     pipe.add_lora(tmp_path / "model")
-    one, other = (np.asarray(p(["3"], [0], steps=4, guidance_scale=1.0)[0]) for p in (pipe, merged))
+    assert merged.default_guidance_scale == 1  # it is in the weights
+    one, other = (np.asarray(p(["3"], [0], steps=4)[0]) for p in (pipe, merged))
     assert np.abs(one.astype(int) - other).max() <= 1
 
 
@@ -88,11 +92,24 @@ REFUSED = {
     "give the teacher with --model": ("progressive",),
     "no division by 2 leads to 3": ("progressive", "--model", "TEACHER", "--end-steps", "3"),
     "turn it into one that predicts v": ("progressive", "--model", "EPSILON"),
-    "turn it with --convert-steps": (
+    "turn it first, with progressive's --convert-steps": (
         *("progressive", "--model", "TEACHER", "--prediction-type", "sample"),
         *("--start-steps", "2"),
     ),
-    "add --no-told": ("guided", "--model", "TEACHER", "--lora-rank", "2"),
+    "add --told False": ("guided", "--model", "TEACHER", "--lora-rank", "2"),
+    "learns one: give it twice .* such as 9 9": ("guided", "--model", "TEACHER", "--told", "False"),
+    "told needs a --guidance-range": ("guided", "--model", "TEACHER", "--guidance-range", "None"),
+    "would be guided again in the next stage": (
+        *("progressive", "--model", "TEACHER", "--guidance-range", "3", "3", "--start-steps", "2"),
+    ),
+    "one that predicts it says nothing": (
+        *("progressive", "--model", "SAMPLE", "--encoder", "--start-steps", "2"),
+    ),
+    "leave --weighting out": ("consistency", "--model", "TEACHER", "--weighting", "snr+1"),
+    "ends in noise alone": ("consistency", "--model", "EPSILON"),
+    "is for students without guidance": (
+        *("consistency", "--model", "TEACHER", "--condition-dropout", "0.5"),
+    ),
     "rising, not 5 to 2": ("guided", "--model", "TEACHER", "--guidance-range", "5", "2"),
     "condition_dropout must be from 0 to 1": (
         *("progressive", "--model", "TEACHER", "--condition-dropout", "2", "--start-steps", "2"),
@@ -111,7 +128,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_is_refused_in_a_line(message, teachers, tmp_path):
-    names = {"TEACHER": teachers["v_prediction"], "EPSILON": teachers["epsilon"]}
+    names = {"TEACHER": "v_prediction", "EPSILON": "epsilon", "SAMPLE": "sample"}
+    names = {word: teachers[kind] for word, kind in names.items()}
     words = [names.get(word, word) for word in REFUSED[message]]
     with pytest.raises(JaxsdError, match=message):
         train(*words, "--workdir", tmp_path / "run")

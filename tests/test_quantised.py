@@ -338,6 +338,17 @@ def test_models_are_shipped(student, tmp_path, monkeypatch, capsys):
     assert all(row.base is None or row.base in hub.shipped() for row in ship.SHIPPED.values())
 
 
+def test_what_stood_there_is_replaced_by_the_other_form(small, tmp_path):
+    """Of two forms in a folder the old one would be read."""
+    pipe = jaxsd.load(small)
+    for dtype in ("float32", "int8", "float32"):
+        pipe.components["unet"].params["conv_in.bias"] += 1.0
+        pipe.save(tmp_path / "model", dtype)
+        want = np.asarray(pipe.params["unet"]["conv_in.bias"])
+        got = jaxsd.load(tmp_path / "model").params["unet"]["conv_in.bias"]
+        np.testing.assert_allclose(got, want, rtol=2e-3)
+
+
 def test_eight_bits_are_taken_where_there_is_nothing_better():
     eight = "diffusion_pytorch_model.int8.safetensors"
     assert choose_files(["config.json", "other.safetensors", eight]) == [eight]

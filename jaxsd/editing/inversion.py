@@ -1,7 +1,8 @@
 """From a picture back to the noise of which a model would draw it: DDIM the other way round.
 
-noise = invert(pipe, "seven.png", "a red seven")       # which `pipe.denoise` turns into the picture
-latents = pipe.denoise(noise, pipe.encode(["a blue seven"]), None, steps=50)  # or one like it
+pipe.schedule = jumps.student_schedule(pipe.schedule)  # steps from the last time to the picture
+noise = invert(pipe, "seven.png", "a red seven")
+latents = pipe.denoise(noise, pipe.encode(["a blue seven"]), None, steps=50, sampler="ddim")
 
 Song et al. 2020 (2010.02502), section 4.3. A student of `train.py progressive --encoder` does it in
 few steps (Meng et al. 2023, 2210.03142, section 3.3: style transfer).
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsd.diffusion import jumps
+from jaxsd.errors import JaxsdError
 from jaxsd.pictures import Picture, Pictures, to_model
 from jaxsd.pipeline import Pipeline
 
@@ -28,8 +30,11 @@ def invert(
     prompt: what the pictures show. steps: of `jumps.ladder`, from the picture to the last time of
     the schedule; sampled with `ddim` from there, on `jumps.student_schedule(pipe.schedule)`, the
     picture comes back, the nearer the more steps. guidance_scale: 1 for none, of which the way
-    back is straightest. JaxsdError for a picture that cannot be read.
+    back is straightest. JaxsdError for a picture that cannot be read, or a model that predicts the
+    picture, which at the picture itself says nothing of the noise.
     """
+    if pipe.schedule.prediction_type == "sample":
+        raise JaxsdError("a model that predicts the picture says nothing of the noise in it")
     several = [pictures] if isinstance(pictures, Picture) else list(pictures)
     channels = 3 if pipe.vae else pipe.latent_channels
     arrays = np.stack([to_model(one, *pipe.default_size, channels) for one in several])

@@ -46,6 +46,10 @@ class Consistency(Student):
         if not self.huber_c > 0:
             raise JaxsdError(f"huber_c must be above 0, not {self.huber_c}")
         schedule = self.schedule
+        kinds = {schedule.prediction_type, self.teacher.schedule.prediction_type}
+        if "epsilon" in kinds and (schedule.continuous or schedule.alphas_cumprod[-1] == 0):
+            raise JaxsdError("this schedule ends in noise alone, of which a network that predicts "
+                             "eps says nothing: turn it into one that predicts v")  # fmt: skip
         count = schedule.original_inference_steps
         times = consistency_times(schedule, Ask(count))
         # The last jump ends at the first timestep, in which the boundary condition holds

@@ -118,9 +118,10 @@ class Student:
         Where the student's last layer says more pictures, all begin as the teacher's one.
         """
         given = self.base.init(key)
-        params = {n: given.get(n, jnp.zeros(shape)) for n, shape in self.net.shapes.items()}
+        shapes = self.net.shapes
+        params = {**given, **{n: jnp.zeros(shapes[n]) for n in shapes if n not in given}}
         for name in ("conv_out.weight", "conv_out.bias"):
-            if name in params and len(params[name]) < self.net.shapes[name][0]:
+            if name in shapes and len(params[name]) < shapes[name][0]:
                 params[name] = jnp.concatenate([params[name]] * 2)
         return params
 
@@ -131,6 +132,11 @@ class Student:
         if self.guidance is None:
             example = example._replace(cond=with_dropout(example, self.dropout, key_told))
         return example._replace(x0=example.x0.astype(jnp.float32))
+
+    @property
+    def guidance_within(self) -> bool:
+        """Whether guidance is in the weights, at one scale: it is not to be added in sampling."""
+        return self.guidance is not None and not takes_scale(self.net)
 
     def scales(self, key: jax.Array, count: int) -> jax.Array | None:
         """Guidance scales [count], uniform in the range."""
@@ -153,8 +159,9 @@ class Student:
         return self.base.pipeline(params)
 
     def preview(self, params: Params) -> np.ndarray:
-        """Four pictures of each prompt, in the middle of the scales where there are several."""
-        scale = 1.0 if self.guidance is None else sum(self.guidance) / 2
+        """Four pictures of each prompt, in the middle of the scales that it is told."""
+        told = self.guidance if takes_scale(self.net) else None
+        scale = 1.0 if told is None else sum(told) / 2
         with self._lent(params) as pipe:
             prompts = self.base.preview_prompts
             return preview(

@@ -173,8 +173,8 @@ class LowRank:
         return self.inner.preview(self.whole(params))
 
     def export(self, params: Params, folder: str | Path) -> None:
-        self.inner.export(self.whole(params), folder)
         lora_files.save(self.lora(params), Path(folder) / lora_files.DIFFUSERS_FILE)
+        self.inner.export(self.whole(params), folder)  # which says at its end that all is there
 
     def lora(self, params: Params) -> LoRA:
         """The factors as a LoRA, for `lora_files.save` and `Pipeline.add_lora`."""

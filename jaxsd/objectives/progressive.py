@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsd.diffusion import jumps
+from jaxsd.errors import JaxsdError
 from jaxsd.nn import Params
 from jaxsd.objectives import Batch, Now
 from jaxsd.objectives.denoising import by_quarter
@@ -34,6 +35,10 @@ class Progressive(Student):
 
     def __post_init__(self):
         super().__post_init__()
+        kinds = {self.schedule.prediction_type, self.teacher.schedule.prediction_type}
+        if self.encoder and "sample" in kinds:
+            raise JaxsdError("an encoder begins at the picture itself, where one that predicts it "
+                             "says nothing of the noise: it must predict v")  # fmt: skip
         rungs = jumps.ladder(self.schedule, self.factor * self.steps)
         rungs = jumps.reverse(rungs) if self.encoder else rungs
         # As arguments, and of one length: then all stages are one compiled program
@@ -68,3 +73,7 @@ class Progressive(Student):
         error = self.error(said, *target, start)
         share = (step.astype(jnp.float32) + 0.5) / aux["steps"].astype(jnp.float32)
         return error.mean(), by_quarter(error, share if self.encoder else 1 - share)
+
+    def preview(self, params: Params) -> np.ndarray | None:
+        """As of every student; an encoder draws no pictures."""
+        return None if self.encoder else super().preview(params)

@@ -33,8 +33,11 @@ class Consistency(Distillation):
 
         if self.original_steps < 1:
             raise JaxsdError(f"original_steps must be at least 1, not {self.original_steps}")
+        if self.weighting != Distillation.weighting:
+            raise JaxsdError("consistency counts all noise levels alike: leave --weighting out")
+        steps = min(STEPS, self.original_steps)
         teacher, base, make_batches = self.teacher_and_base(
-            STEPS,
+            steps,
             self.guidance_range is not None and not self.lora_rank,
             "LCMScheduler",
             original_inference_steps=self.original_steps,
@@ -42,7 +45,7 @@ class Consistency(Distillation):
         objective = Objective(
             base,
             teacher,
-            STEPS,
+            steps,
             loss_type=self.loss_type,
             huber_c=self.huber_c,
             **self.shared(base),

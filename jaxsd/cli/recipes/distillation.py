@@ -12,6 +12,8 @@ from jaxsd.diffusion.weighting import WEIGHTINGS
 from jaxsd.errors import JaxsdError
 from jaxsd.training.options import one_of
 
+DROPOUT = 0.1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
@@ -33,7 +35,7 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
     which a teacher was trained that is told the scale; for any other, none."""
     default_guidance_scale: float | None = None
     """The scale at which the student is drawn where none is named; by default 7.5, as elsewhere."""
-    condition_dropout: float = 0.1
+    condition_dropout: float = DROPOUT
     """Without guidance: the share of examples whose caption or class is left out, so that the
     student can be guided."""
     learning_rate: float = 3e-4
@@ -47,12 +49,15 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
         steps: int | None,
         told: bool | None = None,
         class_name: str = "DDIMScheduler",
+        *,
+        turned: bool = False,
         **own: Any,
     ) -> tuple[Any, Any, MakeBatches]:
         """The teacher, the denoiser that gives the student's network, and batches.
 
         steps: those that the student is made for. told: whether it is told the guidance scale;
-        None: as its teacher is. own: what else its schedule says.
+        None: as its teacher is. turned: whether it may predict what its teacher does not. own: what
+        else its schedule says.
         """
         from jaxsd.diffusion.jumps import student_schedule
         from jaxsd.hub import FOLDERS
@@ -73,9 +78,19 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
             default_guidance_scale=self.default_guidance_scale,
             **own,
         )
-        config = self._student(begun.net.config, self.scales(begun.net.config) if told else None)
-        more = schedule.pictures_predicted // parts.schedule.pictures_predicted
-        config = dataclasses.replace(config, out_channels=config.out_channels * max(more, 1))
+        kinds = parts.schedule.prediction_type, schedule.prediction_type
+        more, rest = divmod(schedule.pictures_predicted, parts.schedule.pictures_predicted)
+        if rest or (kinds[0] != kinds[1] and not turned):
+            raise JaxsdError(
+                f"the teacher predicts {kinds[0]}, and its student would start from its weights to "
+                f"predict {kinds[1]}"
+                + ("" if rest else ": turn it first, with progressive's --convert-steps")
+            )
+        scales = self._checked(unet.net.config, told)
+        if scales is not None and not told and self.default_guidance_scale is None:
+            schedule = dataclasses.replace(schedule, default_guidance_scale=1.0)  # it is in already
+        config = self._student(begun.net.config, scales if told else None)
+        config = dataclasses.replace(config, out_channels=config.out_channels * more)
         return teacher, *self._base(parts, config, schedule, begun.params)
 
     def _begun(self, teacher: Any, kind: str) -> Any:
@@ -98,6 +113,23 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
                 f"{', '.join(sorted(differ))}"
             )
         return unet
+
+    def _checked(self, teacher: Any, told: bool) -> tuple[float, float] | None:
+        """The range of guidance scales, if it suits the teacher and the student."""
+        taught, scales = getattr(teacher, "guidance_range", None), self.scales(teacher)
+        if scales is not None and taught and not taught[0] <= scales[0] <= scales[1] <= taught[1]:
+            raise JaxsdError(
+                f"guidance_range {scales[0]:g} to {scales[1]:g} is beyond {taught[0]:g} to "
+                f"{taught[1]:g}, which the teacher was taught"
+            )
+        if scales is not None and not told and scales[0] != scales[1]:
+            raise JaxsdError(
+                "a student that is not told the guidance scale learns one: give it twice as the "
+                f"guidance_range, such as {scales[1]:g} {scales[1]:g}"
+            )
+        if scales is not None and self.condition_dropout != DROPOUT:
+            raise JaxsdError("condition_dropout is for students without guidance")
+        return scales
 
     def scales(self, config: Any) -> tuple[float, float] | None:
         """The least and the most guidance scale: as asked for, or those a network was taught."""
@@ -158,8 +190,12 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
         if not self.eval_samples:
             raise JaxsdError("a student is measured by what it draws: give --eval-samples")
         student = self.plain(objective)
+        if getattr(student, "encoder", False):
+            raise JaxsdError("an encoder draws nothing that could be measured: leave --eval-every")
         towers = getattr(student.base, "towers", None)
         own = self._named(latent=towers is not None)
+        if student.guidance_within:
+            own = dataclasses.replace(own, eval_guidance_scale=1.0)
         held_out = own.held_out(remembering(towers.tokenize) if towers else None)
         drawn = own.drawn(objective, held_out, student.steps, student.sampler)
         return [self.evaluator("drawn", drawn)]

@@ -17,9 +17,10 @@ class Guided(Distillation):
     """
 
     guidance_range: tuple[float, float] | None = (1.0, 9.0)
-    told: bool = True
-    """Whether the student is told the scale. If not, it learns one scale (give the same twice), or
-    (with None) its teacher as it is, in another --prediction-type."""
+    told: bool | None = True
+    """Whether the student is told the scale; None: if its teacher is. One that is not learns one
+    scale (give the same twice) or, with --guidance-range None, its teacher as it is, in another
+    --prediction-type."""
 
     def build(self) -> tuple[object, MakeBatches]:
         from jaxsd.objectives.distillation import takes_scale
@@ -28,12 +29,14 @@ class Guided(Distillation):
         if self.told and self.lora_rank:
             raise JaxsdError(
                 "a LoRA changes weights that its base has, and has none that hear the guidance "
-                "scale: add --no-told, and give one scale as the range"
+                "scale: add --told False, and give one scale as the range"
             )
-        teacher, base, make_batches = self.teacher_and_base(None, self.told)
+        teacher, base, make_batches = self.teacher_and_base(None, self.told, turned=True)
         if takes_scale(teacher.net) and self.told:
             raise JaxsdError(
                 f"{self.model} is told the guidance scale already: `progressive` makes it faster"
             )
+        if self.told and not takes_scale(base.net):
+            raise JaxsdError("told needs a --guidance-range, such as 1 9")
         objective = Objective(base, teacher, PREVIEW_STEPS, **self.shared(base))
         return self.maybe_low_rank(objective), make_batches

@@ -37,19 +37,20 @@ class Progressive(Distillation):
         counts = jumps.stages(self.start_steps, self.end_steps, self.factor)
         if self.convert_steps < 0:
             raise JaxsdError(f"convert_steps must be at least 0, not {self.convert_steps}")
+        last = 2 * self.steps if self.last_stages_steps is None else self.last_stages_steps
+        updates = {count: last if count <= 2 else self.steps for count in counts}
+        if len(counts) == 1 and not self.convert_steps:
+            return [dataclasses.replace(self, steps=updates[counts[0]], last_stages_steps=None)]
         found: list[Common] = []
-        teacher, initial = self.model, self.initial
+        teacher, initial, kind = self.model, self.initial, self.prediction_type
         if self.convert_steps:
             names = {field.name for field in dataclasses.fields(Guided)}
             own = {name: value for name, value in vars(self).items() if name in names}
             own |= {"steps": self.convert_steps, "workdir": self.workdir / "converted"}
-            own["prediction_type"] = self.prediction_type or "v_prediction"
-            found.append(Guided(**own, told=False))
+            own["prediction_type"] = kind = kind or "v_prediction"
+            found.append(Guided(**own, told=None))
             teacher, initial = str(found[-1].workdir / "model"), None
-        if len(counts) == 1 and not found:
-            return [self]
         for count in counts:
-            last = 2 * self.steps if self.last_stages_steps is None else self.last_stages_steps
             found.append(
                 dataclasses.replace(
                     self,
@@ -58,30 +59,30 @@ class Progressive(Distillation):
                     workdir=self.workdir / f"{count}-steps",
                     start_steps=self.factor * count,
                     end_steps=count,
-                    steps=last if count <= 2 else self.steps,
+                    steps=updates[count],
                     last_stages_steps=None,
                     convert_steps=0,
-                    prediction_type=None if self.convert_steps else self.prediction_type,
+                    prediction_type=kind,
                 )
             )
             teacher, initial = str(found[-1].workdir / "model"), None
         return found
 
     def build(self) -> tuple[object, MakeBatches]:
+        from jaxsd.objectives.distillation import takes_scale
         from jaxsd.objectives.progressive import Progressive as Objective
 
         teacher, base, make_batches = self.teacher_and_base(self.end_steps)
-        kinds = teacher.schedule.prediction_type, base.schedule.prediction_type
-        if kinds[0] != kinds[1]:
-            raise JaxsdError(
-                f"the teacher predicts {kinds[0]} and its student would start from its weights to "
-                f"predict {kinds[1]}: turn it with --convert-steps first"
-            )
-        if kinds[0] == "epsilon" and self.prediction_type is None:
+        if base.schedule.prediction_type == "epsilon" and self.prediction_type is None:
             raise JaxsdError(
                 "the teacher predicts eps, which says nothing of the picture where there is noise "
                 "alone: turn it into one that predicts v with --convert-steps 2000, say (or insist "
                 "with --prediction-type epsilon)"
+            )
+        if self.guidance_range and not takes_scale(base.net):
+            raise JaxsdError(
+                "guidance_range: a student that is not told the scale would be guided again in the "
+                "next stage; start from one that `guided` made"
             )
         objective = Objective(
             base,

@@ -20,6 +20,7 @@ from typing import Any
 import distillation_plot
 import numpy as np
 import tyro
+from ship import SHIPPED
 
 import jaxsd
 from jaxsd.diffusion.jumps import student_schedule
@@ -30,17 +31,8 @@ from jaxsd.evaluation.same_noise import Teacher, load_teacher
 from jaxsd.weights import read_json, write_json
 
 DOCS = Path(__file__).parent
-# Where training leaves each student, in the folder of the runs; by its name alone once it ships.
-STUDENTS = {
-    "digits-ddpm-8step": "digits-ddpm-progressive/8-steps/model",
-    "digits-ddpm-4step": "digits-ddpm-progressive/4-steps/model",
-    "digits-ddpm-2step": "digits-ddpm-progressive/2-steps/model",
-    "digits-ddpm-1step": "digits-ddpm-progressive/1-steps/model",
-    "digits-4step": "digits-progressive/4-steps/model",
-    "digits-2step": "digits-progressive/2-steps/model",
-    "digits-1step": "digits-progressive/1-steps/model",
-    "digits-lcm": "digits-lcm/model",
-}
+# In the folder of the runs where training leaves it; by its name alone once it ships.
+STUDENTS = {name: row.source for name, row in SHIPPED.items() if row.base}
 FLOOR = "real train (floor)"
 SHOWN_SCALE = 3.0  # of guidance: in the table with all columns, and in the plot
 TEACHER_STEPS = 256  # of the pictures that pixel students are compared with

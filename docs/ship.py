@@ -1,11 +1,12 @@
 """Puts the models that the README's commands trained into the package.
 
-`python docs/ship.py` ships all of them from runs/NAME/model, digits' two towers from runs/clip;
-with names (`digits-4step`) it leaves the others as they are. Cards stay as they are.
+`python docs/ship.py` ships all of them from runs/, digits' two towers from runs/clip; with names
+(`digits-4step`) it leaves the others as they are. Cards stay as they are.
 """
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxsd import weights
 from jaxsd.components import load_clip, load_parts, save_parts
@@ -13,20 +14,37 @@ from jaxsd.conversion import share
 from jaxsd.hub import PRETRAINED
 
 RUNS = Path("runs")
-# name -> (dtype, the model that ships whose parts it shares)
+
+
+class Shipped(NamedTuple):
+    """A model that ships: where its training leaves it, and how it is kept."""
+
+    source: str  # in the folder of the runs
+    dtype: str = "float16"
+    base: str | None = None  # the model that ships whose parts it shares
+
+
 SHIPPED = {
-    "digits-ddpm": ("float16", None),
-    "digits": ("float16", None),
-    **{f"digits-ddpm-{n}step": ("int8", "digits-ddpm") for n in (8, 4, 2, 1)},
-    **{f"digits-{n}step": ("int8", "digits") for n in (4, 2, 1)},
-    "digits-lcm": ("int8", "digits"),
+    "digits-ddpm": Shipped("digits-ddpm/model"),
+    "digits": Shipped("digits/model"),
+    **{
+        f"digits-ddpm-{n}step": Shipped(
+            f"digits-ddpm-progressive/{n}-steps/model", "int8", "digits-ddpm"
+        )
+        for n in (8, 4, 2, 1)
+    },
+    **{
+        f"digits-{n}step": Shipped(f"digits-progressive/{n}-steps/model", "int8", "digits")
+        for n in (4, 2, 1)
+    },
+    "digits-lcm": Shipped("digits-lcm/model", "int8", "digits"),
 }
 
 
 def main(names: list[str]) -> None:
     for name in names:
-        dtype, base = SHIPPED[name]
-        parts = load_parts(RUNS / name / "model")
+        source, dtype, base = SHIPPED[name]
+        parts = load_parts(RUNS / source)
         parts = parts if base is None else share(parts, base)
         save_parts(parts, PRETRAINED / name, dtype)
         print(f"{name}: {', '.join([*parts.components, *parts.tokenizers])} in {dtype}")

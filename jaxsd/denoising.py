@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsd.diffusion import samplers
-from jaxsd.diffusion.denoise import Conditioning, guided
+from jaxsd.diffusion.denoise import Conditioning, Network, guided
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import GuidanceClipped, JaxsdError
 from jaxsd.models import UNetConfig, guidance_scale_embedding
@@ -58,6 +58,39 @@ class Inputs(NamedTuple):
     eta: Traced
 
 
+def make_network(
+    unet: Net,
+    unet_params: Params,
+    controlnets: Sequence[Net] = (),
+    control_params: Sequence[Params] = (),
+    control_scales: Traced = (),
+) -> Network:
+    """The UNet with its ControlNets as `guided` calls it: computing in its weights' dtype."""
+    dtype = unet_params["conv_in.weight"].dtype
+
+    def network(x, t, concat=None, control=(), **conditioning):
+        x, concat, control, conditioning = jax.tree.map(
+            lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+            (x, concat, control, conditioning),
+        )
+        residuals = None
+        shared = {name: value for name, value in conditioning.items() if name != "timestep_cond"}
+        scales = jnp.asarray(control_scales).astype(dtype)
+        for net, params, picture, scale in zip(
+            controlnets, control_params, control, scales, strict=True
+        ):
+            said = net(params, x, t, controlnet_cond=picture, conditioning_scale=scale, **shared)
+            residuals = said if residuals is None else jax.tree.map(jnp.add, residuals, said)
+        if residuals is not None:
+            down, middle = residuals
+            conditioning |= {"down_block_residuals": down, "mid_block_residual": middle}
+        if concat is not None:  # for the UNet alone: a ControlNet knows latents only
+            x = jnp.concatenate([x, concat], -1)
+        return unet(unet_params, x, t, **conditioning).astype(jnp.float32)
+
+    return network
+
+
 def loop(
     unet: Net,
     controlnets: Sequence[Net],
@@ -72,27 +105,7 @@ def loop(
     """Steps begin ... end - 1: the latents after them, and what the sampler remembers."""
     unet_params, control_params = inputs.params
     unet_params = lora.apply(unet_params, inputs.loras, inputs.lora_scales)
-    dtype = unet_params["conv_in.weight"].dtype
-
-    def network(x, t, concat=None, control=(), **conditioning):
-        x, concat, control, conditioning = jax.tree.map(
-            lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
-            (x, concat, control, conditioning),
-        )
-        residuals = None
-        shared = {name: value for name, value in conditioning.items() if name != "timestep_cond"}
-        scales = inputs.control_scales.astype(dtype)
-        for net, params, picture, scale in zip(
-            controlnets, control_params, control, scales, strict=True
-        ):
-            said = net(params, x, t, controlnet_cond=picture, conditioning_scale=scale, **shared)
-            residuals = said if residuals is None else jax.tree.map(jnp.add, residuals, said)
-        if residuals is not None:
-            down, middle = residuals
-            conditioning |= {"down_block_residuals": down, "mid_block_residual": middle}
-        if concat is not None:  # for the UNet alone: a ControlNet knows latents only
-            x = jnp.concatenate([x, concat], -1)
-        return unet(unet_params, x, t, **conditioning).astype(jnp.float32)
+    network = make_network(unet, unet_params, controlnets, control_params, inputs.control_scales)
 
     def put_back(x: jax.Array, i: jax.Array) -> jax.Array:
         """What the mask protects, as noisy as the next step expects it."""

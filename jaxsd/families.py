@@ -259,11 +259,12 @@ def size_unit(unet: UNetConfig | UNet2DConfig, downscale: int) -> int:
 
 
 def latent_shape(
-    unet: UNetConfig | UNet2DConfig, downscale: int, height: int, width: int
+    unet: UNetConfig | UNet2DConfig, downscale: int, height: int, width: int, predicted: int = 1
 ) -> tuple[int, int, int]:
     """[h, w, c] of the latents of a picture; JaxsdError if the size does not divide.
 
-    `downscale` is 1 for a pixel model, 8 for Stable Diffusion.
+    downscale: 1 for a pixel model, 8 for Stable Diffusion. predicted: the schedule's
+    `pictures_predicted`.
     """
     unit = size_unit(unet, downscale)
     if height < unit or width < unit or height % unit or width % unit:
@@ -272,4 +273,4 @@ def latent_shape(
             f"height and width must be multiples of {unit}, not {height}x{width}; "
             f"{near[0]}x{near[1]} is near"
         )
-    return height // downscale, width // downscale, unet.out_channels
+    return height // downscale, width // downscale, unet.out_channels // predicted

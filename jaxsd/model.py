@@ -125,6 +125,10 @@ class Model:
         return self._text.chunks(prompts) if self.tokenizers else 1
 
     @property
+    def latent_channels(self) -> int:
+        return self.unet.config.out_channels // self.schedule.pictures_predicted
+
+    @property
     def guidance_embedded(self) -> bool:
         """Whether the UNet is told the guidance scale (LCM) instead of being called twice."""
         return self.unet.config.time_cond_proj_dim is not None
@@ -134,7 +138,7 @@ class Model:
         names = ("block_out_channels", "layers_per_block", "cross_attention_dim")
         names += ("addition_embed_type",)
         own = {name: getattr(self.unet.config, name, None) for name in names}
-        own |= {"in_channels": self.unet.config.out_channels}
+        own |= {"in_channels": self.latent_channels}
         other = {name: getattr(config, name, None) for name in own}
         if differ := [f"{n} {other[n]} where it has {own[n]}" for n in own if other[n] != own[n]]:
             raise JaxsdError(f"a ControlNet for another model than this: {'; '.join(differ)}")

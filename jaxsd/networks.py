@@ -16,7 +16,7 @@ from jaxsd import denoising, pictures
 from jaxsd.conditioning import Sizes, class_labels
 from jaxsd.denoising import Inputs, Start
 from jaxsd.diffusion import samplers
-from jaxsd.diffusion.denoise import Conditioning
+from jaxsd.diffusion.denoise import Conditioning, guided
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
 from jaxsd.families import latent_shape
@@ -35,6 +35,7 @@ class Networks(Model):
         super().__init__(*args, **kwargs)
         self._compiled_noise = jax.jit(samplers.initial_noise, static_argnums=1)
         self._compiled_denoise = jax.jit(self._loop, static_argnames=("schedule", "sampler"))
+        self._compiled_predict = jax.jit(self._predict)
         self._compiled_decode = jax.jit(self._decode)
         self._compiled_encode = jax.jit(self._encode)
         self._compiled_lora = jax.jit(lora.apply)
@@ -106,6 +107,7 @@ class Networks(Model):
             self._downscale,
             default[0] if height is None else height,
             default[1] if width is None else width,
+            self.schedule.pictures_predicted,
         )
         return self._compiled_noise(_keys(seeds), shape)
 
@@ -149,12 +151,9 @@ class Networks(Model):
         grid, stop = self.plan_steps(name, steps, strength, denoising_start, denoising_end)
         first, count = int(grid.first), len(latents)
 
-        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
-        scales = _one_or_each(scale, count, "guidance_scale")
-        if self.guidance_embedded:
-            scales = self.taught_scales(scales)
-            cond = denoising.told_scale(self.unet.config, cond, uncond, scales)
-        conditions, scales = denoising.chain(cond, uncond, scales, image_cond, image_guidance_scale)
+        conditions, scales = self._chain(
+            cond, uncond, guidance_scale, count, image_cond, image_guidance_scale
+        )
         blend = None
         if start is not None and start.mask is not None:
             blend = (start.latents, latents if start.noise is None else start.noise, start.mask)
@@ -211,6 +210,42 @@ class Networks(Model):
             return scales
         return denoising.within_range(self.unet.config, scales)
 
+    def predict(
+        self,
+        latents: jax.Array,
+        t: float,
+        cond: Conditioning,
+        uncond: Conditioning | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+    ) -> jax.Array:
+        """What the UNet says of noisy latents [n, h, w, c] at time t, guidance inside; one step's.
+
+        It is of the schedule's prediction type. For loops of one's own: `denoise` is one program.
+        """
+        conditions, scales = self._chain(cond, uncond, guidance_scale, len(latents))
+        lora_scales = _one_or_each(self.lora_scales, len(self.loras), "lora_scales")
+        params, loras = self.params["unet"], self._live["unet"]
+        return self._compiled_predict(
+            params, loras, lora_scales, conditions, scales, latents, np.float32(t)
+        )
+
+    def _chain(
+        self,
+        cond: Conditioning,
+        uncond: Conditioning | None,
+        guidance_scale: float | Sequence[float] | None,
+        count: int,
+        image_cond: Conditioning | None = None,
+        image_guidance_scale: float = 1.5,
+    ) -> tuple[list[Conditioning], np.ndarray]:
+        """The conditions and scales of `diffusion.denoise.guided`."""
+        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        scales = _one_or_each(scale, count, "guidance_scale")
+        if self.guidance_embedded:
+            scales = self.taught_scales(scales)
+            cond = denoising.told_scale(self.unet.config, cond, uncond, scales)
+        return denoising.chain(cond, uncond, scales, image_cond, image_guidance_scale)
+
     def plan_steps(
         self,
         sampler: str,
@@ -259,6 +294,11 @@ class Networks(Model):
     def _loop(self, inputs: Inputs, x, history, begin, end, *, schedule: Schedule, sampler: str):
         nets = [component.net for component in self.controlnets]
         return denoising.loop(self.unet, nets, schedule, sampler, inputs, x, history, begin, end)
+
+    def _predict(self, params: Params, loras, lora_scales, conditions, scales, x, t) -> jax.Array:
+        params = lora.apply(params, loras, lora_scales)
+        network = denoising.make_network(self.unet, params)
+        return guided(network, conditions, scales, jnp.float32(0))(x, t)
 
     def _encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The mean of the latents, as the VAE gives them."""

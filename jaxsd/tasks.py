@@ -73,7 +73,7 @@ def plan(
     if given.image is None or (given.taken_over and given.mask is None and not extra):
         return Plan(cond, uncond)
 
-    latent = pipe.unet.config.out_channels
+    latent = pipe.latent_channels
     image = _arrays(given.image, count, size, latent if pipe.vae is None else 3)
     if extra == latent:
         concat = _repeat(pipe.encode_pictures(image, scaled=False), count)
@@ -99,7 +99,7 @@ def plan(
 
 def check(pipe: Networks, given: Given) -> int:
     """The channels that the UNet takes beside latents; JaxsdError for pictures it cannot use."""
-    latent = pipe.unet.config.out_channels
+    latent = pipe.latent_channels
     extra = pipe.unet.config.in_channels - latent
     if len(given.control) != len(pipe.controlnets):
         raise JaxsdError(

@@ -30,11 +30,13 @@ def train(recipe, *words):
 def test_a_chain_of_stages_from_an_eps_teacher(teachers, tmp_path, capfd):
     words = ("--model", teachers["epsilon"], "--workdir", tmp_path, "--start-steps", 4)
     words += ("--convert-steps", 1, "--last-stages-steps", 3, "--default-guidance-scale", 1)
+    words += ("--prediction-type", "both")
     train("progressive", *words)
     folders = [tmp_path / name / "model" for name in ("converted", "2-steps", "1-steps")]
     assert capfd.readouterr().out.splitlines() == [str(folder) for folder in folders]
     pipes = [jaxsd.load(folder) for folder in folders]
-    assert [pipe.schedule.prediction_type for pipe in pipes] == ["v_prediction"] * 3
+    assert [pipe.schedule.prediction_type for pipe in pipes] == ["both"] * 3
+    assert [pipe.unet.config.out_channels for pipe in pipes] == [2] * 3
     assert [pipe.schedule.default_steps for pipe in pipes] == [None, 2, 1]
     assert pipes[-1].default_steps == 1 and pipes[-1].default_guidance_scale == 1
     for before, after in zip(pipes, pipes[1:], strict=False):
@@ -61,8 +63,9 @@ def test_guided_then_progressive(teachers, tmp_path):
     )
     student = jaxsd.load(first / "model")
     assert student.unet.config.guidance_range == (1, 5) and student.guidance_embedded
-    words = ("--model", first / "model", "--start-steps", 2, "--workdir", then)
-    train("progressive", *words)  # one stage, in the workdir itself
+    # One stage, in the workdir itself, of the guided teacher as it is
+    words = ("--model", teachers["v_prediction"], "--initial", first / "model", "--start-steps", 2)
+    train("progressive", *words, "--workdir", then)
     pipe = jaxsd.load(then / "model")
     assert pipe.unet.config == student.unet.config and pipe.schedule.default_steps == 1
     with pytest.raises(JaxsdError, match="is told the guidance scale already"):
@@ -93,6 +96,9 @@ REFUSED = {
     "rising, not 5 to 2": ("guided", "--model", "TEACHER", "--guidance-range", "5", "2"),
     "condition_dropout must be from 0 to 1": (
         *("progressive", "--model", "TEACHER", "--condition-dropout", "2", "--start-steps", "2"),
+    ),
+    "is no student of .* they differ in prediction_type": (
+        *("guided", "--model", "TEACHER", "--initial", "EPSILON"),
     ),
     "original_steps must be at least 1": (
         *("consistency", "--model", "TEACHER", "--original-steps", "0"),

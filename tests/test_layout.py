@@ -97,6 +97,7 @@ NEVER = {
     "training": ("cli", "evaluation"),
     "data": ("models", "pipeline", "objectives", "training", "cli"),
     "evaluation": ("training", "objectives", "cli"),
+    "editing": ("cli", "evaluation"),
     "compare": ("training", "objectives", "evaluation", "cli"),
 }
 FOREIGN = ("torch", "diffusers")

@@ -325,7 +325,7 @@ def test_models_are_shipped(student, tmp_path, monkeypatch, capsys):
     spec.loader.exec_module(ship)
     monkeypatch.setattr(ship, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(ship, "PRETRAINED", tmp_path / "pretrained")
-    save_parts(student, tmp_path / "runs" / "digits-4step" / "model")
+    save_parts(student, tmp_path / "runs" / ship.SHIPPED["digits-4step"].source)
     ship.main(["digits-4step"])
     folder = tmp_path / "pretrained" / "digits-4step"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -335,7 +335,7 @@ def test_models_are_shipped(student, tmp_path, monkeypatch, capsys):
     ]
     assert "digits-4step: unet in int8" in capsys.readouterr().out
     assert set(ship.SHIPPED) >= set(hub.shipped())
-    assert all(base is None or base in hub.shipped() for _, base in ship.SHIPPED.values())
+    assert all(row.base is None or row.base in hub.shipped() for row in ship.SHIPPED.values())
 
 
 def test_eight_bits_are_taken_where_there_is_nothing_better():

@@ -48,6 +48,17 @@ def pictures(seed):
     return jax.random.normal(jax.random.key(seed), (2, 3, 3, 1))
 
 
+def test_x_and_eps_merge_to_one_picture():
+    """2202.00512, section 4: x = sigma^2 x' + alpha (z - sigma eps')."""
+    t = jnp.array([1000.0, 200.0])
+    alpha, sigma = (a[:, None, None, None] for a in Schedule(beta_schedule="cosine").alpha_sigma(t))
+    z, x, eps = pictures(0), pictures(1), pictures(2)
+    found = x0_and_eps("both", jnp.concatenate([x, eps], -1), z, alpha, sigma)
+    want = sigma**2 * x + alpha * (z - sigma * eps)
+    np.testing.assert_allclose(found[0], want, atol=2e-6)
+    np.testing.assert_allclose(alpha * found[0] + sigma * found[1], z, atol=2e-6)
+
+
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @pytest.mark.parametrize("angle", [0.2, 0.8, 1.4])
 def test_a_right_prediction_gives_back_picture_and_noise(kind, angle):

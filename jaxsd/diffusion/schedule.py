@@ -20,6 +20,7 @@ from jaxsd.errors import JaxsdError
 from jaxsd.models.config import Config
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+BOTH = "both"  # x and eps, twice the channels: a word of ours, unknown to diffusers
 # 1 / alpha is bounded where eps must be divided by it: log SNR >= -20, as in Salimans & Ho 2022.
 MIN_ALPHA = math.exp(-10)
 
@@ -32,6 +33,8 @@ def x0_and_eps(
     epsilon: x = (z - sigma eps) / alpha. sample: eps = (z - alpha x) / sigma.
     v_prediction (Salimans & Ho 2022, appendix D): x = alpha z - sigma v, eps = alpha v + sigma z.
     """
+    if prediction_type == BOTH:
+        prediction_type, prediction = as_one(prediction_type, prediction, alpha, sigma)
     if prediction_type == "epsilon":
         return (z - sigma * prediction) / jnp.maximum(alpha, MIN_ALPHA), prediction
     if prediction_type == "sample":
@@ -39,6 +42,20 @@ def x0_and_eps(
     if prediction_type == "v_prediction":
         return alpha * z - sigma * prediction, alpha * prediction + sigma * z
     raise ValueError(f"prediction_type is one of {PREDICTION_TYPES}, not {prediction_type!r}")
+
+
+def as_one(
+    prediction_type: str, prediction: jax.Array, alpha: jax.Array, sigma: jax.Array
+) -> tuple[str, jax.Array]:
+    """A prediction as one picture, and of which type: "both" as v, any other as it is.
+
+    Salimans & Ho 2022, section 4, merge x' and eps' [..., 2c] to x = sigma^2 x' + alpha (z - sigma
+    eps'). Of that picture v is alpha eps' - sigma x', whatever z.
+    """
+    if prediction_type != BOTH:
+        return prediction_type, prediction
+    x0, eps = jnp.split(prediction, 2, -1)
+    return "v_prediction", alpha * eps - sigma * x0
 
 
 def prediction_target(
@@ -82,9 +99,10 @@ class Schedule(Config):
     alpha = cos(pi t / 2T) (Salimans & Ho 2022), which diffusers has no word for: its file says
     squaredcos_cap_v2, which is near, and adds `"continuous_schedule": "cosine"`. `trained_betas`
     takes the place of all of them. `class_name` is the diffusers class that the file names; it
-    decides the default sampler. Switches that only some samplers have do nothing in the others, but
-    those of the grid are refused there (`samplers.make_steps`). `default_steps` and
-    `default_guidance_scale` stand in the file only if they are set; diffusers reads past them.
+    decides the default sampler. `prediction_type` may also be "both", x and eps. Switches that only
+    some samplers have do nothing in the others, but those of the grid are refused there
+    (`samplers.make_steps`). `default_steps` and `default_guidance_scale` stand in the file only if
+    they are set; diffusers reads past them.
     """
 
     num_train_timesteps: int = 1000
@@ -146,7 +164,7 @@ class Schedule(Config):
     def __post_init__(self):
         choices = {
             "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "cosine"),
-            "prediction_type": PREDICTION_TYPES,
+            "prediction_type": (*PREDICTION_TYPES, BOTH),
             "timestep_spacing": ("leading", "trailing", "linspace"),
             "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None),
             "final_sigmas_type": ("zero", "sigma_min"),
@@ -211,6 +229,11 @@ class Schedule(Config):
         if self.beta_schedule == "cosine":
             values |= {"beta_schedule": "squaredcos_cap_v2", "continuous_schedule": "cosine"}
         return {"_class_name": name, **values}
+
+    @property
+    def pictures_predicted(self) -> int:
+        """How many times the channels of its input a network gives back."""
+        return 2 if self.prediction_type == BOTH else 1
 
     @property
     def continuous(self) -> bool:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxsd.diffusion.schedule import MIN_ALPHA
+from jaxsd.diffusion.schedule import BOTH, MIN_ALPHA
 
 WEIGHTINGS = ("none", "min-snr", "snr+1", "truncated-snr")
 
@@ -17,7 +17,8 @@ def loss_weight(
     min(SNR, gamma) (Hang et al. 2023, 2303.09556), "snr+1" and "truncated-snr", max(SNR, 1), are
     those of Salimans & Ho 2022, section 4. The errors in eps and v are SNR and SNR + 1 times that
     in x, so min-snr becomes min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v.
-    "none" is 1 for the prediction as it is. An SNR beyond exp(-20) or exp(20) counts as that.
+    "both" counts as v. "none" is 1 for the prediction as it is. An SNR beyond exp(-20) or exp(20)
+    counts as that.
     """
     if weighting == "none":
         return jnp.ones_like(alpha)
@@ -28,5 +29,6 @@ def loss_weight(
         "snr+1": jnp.ones_like(alpha),
         "truncated-snr": jnp.maximum(signal, noise),
     }
-    errors = {"epsilon": signal, "sample": noise, "v_prediction": jnp.ones_like(alpha)}
+    one = jnp.ones_like(alpha)
+    errors = {"epsilon": signal, "sample": noise, "v_prediction": one, BOTH: one}
     return weights[weighting] / errors[prediction_type]

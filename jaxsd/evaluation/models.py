@@ -18,7 +18,7 @@ from jaxsd.tokenizer import Tokenizer
 
 def is_pixel_model(pipe: Pipeline) -> bool:
     """Whether the model draws 8x8 scans (else 32x32 coloured pictures); JaxsdError if neither."""
-    size = (*pipe.default_size, 3 if pipe.vae else pipe.unet.config.out_channels)
+    size = (*pipe.default_size, 3 if pipe.vae else pipe.latent_channels)
     if size == (8, 8, 1) and pipe.unet.config.projection_class_embeddings_input_dim == 10:
         return True
     if size == (32, 32, 3) and pipe.tokenizer is not None:

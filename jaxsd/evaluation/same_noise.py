@@ -73,7 +73,7 @@ def load_teacher(
 
 
 def _kind(pipe: Pipeline) -> str:
-    channels = pipe.unet.config.out_channels
+    channels = pipe.latent_channels
     height, width = pipe.default_size
     told = "prompts" if pipe.tokenizers else "class names" if pipe.takes_prompts else "nothing"
     if pipe.vae is None:

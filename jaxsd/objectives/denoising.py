@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxsd.diffusion.denoise import Conditioning
-from jaxsd.diffusion.schedule import Schedule, prediction_target
+from jaxsd.diffusion.schedule import Schedule, as_one, prediction_target
 from jaxsd.diffusion.weighting import WEIGHTINGS, loss_weight
 from jaxsd.errors import JaxsdError
 from jaxsd.nn import Net, Params
@@ -183,6 +183,7 @@ def _error(
     alpha, sigma = (a[:, None, None, None] for a in (alpha, sigma))
     z = (alpha * x0 + sigma * eps).astype(options.dtype)
     prediction = net(params, z, t, dropout_key=dropout_key, **conditioning).astype(jnp.float32)
+    kind, prediction = as_one(kind, prediction, alpha, sigma)
     target = prediction_target(kind, x0, eps, alpha, sigma)
     return weight * jnp.square(prediction - target).mean((1, 2, 3))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsd.diffusion.denoise import Conditioning, guided
 from jaxsd.diffusion.jumps import Level
-from jaxsd.diffusion.schedule import Schedule, prediction_target
+from jaxsd.diffusion.schedule import Schedule, as_one, prediction_target
 from jaxsd.diffusion.weighting import loss_weight
 from jaxsd.errors import JaxsdError
 from jaxsd.models import guidance_scale_embedding
@@ -113,9 +113,16 @@ class Student:
             raise JaxsdError(f"guidance scales are from 1 on and rising, not {low:g} to {high:g}")
 
     def init(self, key: jax.Array) -> Params:
-        """The teacher. How the guidance scale enters begins at zero: it says nothing yet."""
+        """The teacher. How the guidance scale enters begins at zero: it says nothing yet.
+
+        Where the student's last layer says more pictures, all begin as the teacher's one.
+        """
         given = self.base.init(key)
-        return {n: given.get(n, jnp.zeros(shape)) for n, shape in self.net.shapes.items()}
+        params = {n: given.get(n, jnp.zeros(shape)) for n, shape in self.net.shapes.items()}
+        for name in ("conv_out.weight", "conv_out.bias"):
+            if name in params and len(params[name]) < self.net.shapes[name][0]:
+                params[name] = jnp.concatenate([params[name]] * 2)
+        return params
 
     def example(self, params: Params, aux: Any, batch: Batch, key: jax.Array) -> Example:
         """Of a batch, what both networks are shown, float32, and told."""
@@ -137,6 +144,7 @@ class Student:
     ) -> jax.Array:
         """The weighted mean square error [b] of what the student says, against (x0, eps)."""
         kind = self.schedule.prediction_type
+        kind, prediction = as_one(kind, prediction, *level.each())
         target = prediction_target(kind, x0, eps, *level.each())
         weight = loss_weight(self.weighting, kind, level.alpha, level.sigma)
         return weight * jnp.square(prediction - target).mean((1, 2, 3))

@@ -45,6 +45,6 @@ class Consistency(Distillation):
             STEPS,
             loss_type=self.loss_type,
             huber_c=self.huber_c,
-            **self.shared(teacher),
+            **self.shared(base),
         )
         return self.maybe_low_rank(objective), make_batches

@@ -19,11 +19,15 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
 
     data: str = ""
     """As of text-to-image. By default the digits: scans for a model of pixels, else coloured."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
-    """What the student predicts; by default what its teacher does."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "both"] | None = None
+    """What the student predicts; by default what its teacher does. both: the picture and the noise,
+    which diffusers does not know."""
     weighting: Annotated[str, one_of(*WEIGHTINGS)] = "truncated-snr"
     """What noise levels count: the error of the picture times max(SNR, 1) or SNR + 1 (Salimans &
     Ho 2022), or min(SNR, 5); none: the error of the prediction as it is."""
+    initial: str | None = None
+    """A model whose UNet the student begins as, in place of its teacher: one that `guided` has
+    taught to hear the scale, for a `progressive` that follows the guided teacher itself."""
     guidance_range: tuple[float, float] | None = None
     """The guidance scales, least and most, at which the teacher is followed. By default those on
     which a teacher was trained that is told the scale; for any other, none."""
@@ -61,21 +65,44 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
         # What the network computes in; vectors stay, as those of the student do
         params = {n: p.astype(self.dtype) if p.ndim > 1 else p for n, p in unet.params.items()}
         teacher = Teacher(unet.net, params, parts.schedule)
-        told = takes_scale(unet.net) if told is None else told
-        scales = self.scales(unet.net.config)
+        begun = self._begun(unet.net.config, parts.schedule.prediction_type) or unet
+        told = takes_scale(begun.net) if told is None else told
         schedule = dataclasses.replace(
             student_schedule(parts.schedule, self.prediction_type, class_name),
             default_steps=steps,
             default_guidance_scale=self.default_guidance_scale,
             **own,
         )
-        config = self._student(unet.net.config, scales if told else None)
-        return teacher, *self._base(parts, config, schedule, unet.params)
+        config = self._student(begun.net.config, self.scales(begun.net.config) if told else None)
+        more = schedule.pictures_predicted // parts.schedule.pictures_predicted
+        config = dataclasses.replace(config, out_channels=config.out_channels * max(more, 1))
+        return teacher, *self._base(parts, config, schedule, begun.params)
 
-    def scales(self, teacher: Any) -> tuple[float, float] | None:
-        """The least and the most guidance scale, of a teacher's config."""
+    def _begun(self, teacher: Any, kind: str) -> Any:
+        """The UNet that the student begins as, if it is not its teacher's (of that config)."""
+        from jaxsd.components import load_parts
+
+        if self.initial is None:
+            return None
+        parts = load_parts(self.initial, "float32", only=("unet",))
+        unet, own = parts.components["unet"], parts.schedule.prediction_type
+        free = {"time_cond_proj_dim", "guidance_range"}
+        differ = {
+            name
+            for name, value in {**vars(unet.net.config), "prediction_type": own}.items()
+            if name not in free and value != {**vars(teacher), "prediction_type": kind}.get(name)
+        }
+        if differ:
+            raise JaxsdError(
+                f"{self.initial} is no student of {self.model}: they differ in "
+                f"{', '.join(sorted(differ))}"
+            )
+        return unet
+
+    def scales(self, config: Any) -> tuple[float, float] | None:
+        """The least and the most guidance scale: as asked for, or those a network was taught."""
         if self.guidance_range is None:
-            return getattr(teacher, "guidance_range", None)
+            return getattr(config, "guidance_range", None)
         low, high = self.guidance_range
         if not 1 <= low <= high:
             raise JaxsdError(f"guidance_range is from 1 on and rising, not {low:g} to {high:g}")
@@ -115,10 +142,10 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
         default = "digits" if latent else "digit-scans"
         return dataclasses.replace(self, data=self.data or default)
 
-    def shared(self, teacher: Any) -> dict[str, Any]:
+    def shared(self, base: Any) -> dict[str, Any]:
         """The fields that every student has."""
         return {
-            "guidance": self.scales(teacher.net.config),
+            "guidance": self.scales(base.net.config),
             "weighting": self.weighting,
             "dropout": share("condition_dropout", self.condition_dropout),
             "dtype": self.dtype,

@@ -35,5 +35,5 @@ class Guided(Distillation):
             raise JaxsdError(
                 f"{self.model} is told the guidance scale already: `progressive` makes it faster"
             )
-        objective = Objective(base, teacher, PREVIEW_STEPS, **self.shared(teacher))
+        objective = Objective(base, teacher, PREVIEW_STEPS, **self.shared(base))
         return self.maybe_low_rank(objective), make_batches

@@ -38,14 +38,14 @@ class Progressive(Distillation):
         if self.convert_steps < 0:
             raise JaxsdError(f"convert_steps must be at least 0, not {self.convert_steps}")
         found: list[Common] = []
-        teacher = self.model
+        teacher, initial = self.model, self.initial
         if self.convert_steps:
             names = {field.name for field in dataclasses.fields(Guided)}
             own = {name: value for name, value in vars(self).items() if name in names}
             own |= {"steps": self.convert_steps, "workdir": self.workdir / "converted"}
             own["prediction_type"] = self.prediction_type or "v_prediction"
             found.append(Guided(**own, told=False))
-            teacher = str(found[-1].workdir / "model")
+            teacher, initial = str(found[-1].workdir / "model"), None
         if len(counts) == 1 and not found:
             return [self]
         for count in counts:
@@ -54,6 +54,7 @@ class Progressive(Distillation):
                 dataclasses.replace(
                     self,
                     model=teacher,
+                    initial=initial,
                     workdir=self.workdir / f"{count}-steps",
                     start_steps=self.factor * count,
                     end_steps=count,
@@ -63,7 +64,7 @@ class Progressive(Distillation):
                     prediction_type=None if self.convert_steps else self.prediction_type,
                 )
             )
-            teacher = str(found[-1].workdir / "model")
+            teacher, initial = str(found[-1].workdir / "model"), None
         return found
 
     def build(self) -> tuple[object, MakeBatches]:
@@ -88,6 +89,6 @@ class Progressive(Distillation):
             self.end_steps,
             factor=self.factor,
             encoder=self.encoder,
-            **self.shared(teacher),
+            **self.shared(base),
         )
         return self.maybe_low_rank(objective), make_batches

@@ -1,0 +1,1 @@
+"""Changing pictures that are there: each file one way, each function short."""

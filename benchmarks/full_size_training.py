@@ -1,9 +1,10 @@
-"""A fine-tuning step of Stable Diffusion at full size, on this machine: its memory, time and loss.
+"""A training step of Stable Diffusion at full size, on this machine: its memory, time and loss.
 
     python benchmarks/full_size_training.py --model sd1 --size 256 --optimizer adafactor
 
-compiles the step of `train.py text-to-image` on cached latents, prints the bytes that it will take,
-and, if there are so many, runs it on random weights. State and gradients are float32.
+compiles the step of `train.py text-to-image`, or of another `--recipe`, on cached latents, prints
+the bytes that it will take, and, if there are so many, runs it on random weights. State and
+gradients are float32; the teacher of a distillation is as it computes.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import time
 
 import jax
 import tyro
-from latents import Latents
+from latents import Latents, Recipe, held, objective
 
 from jaxsd import families, sharding, training
 from jaxsd.training.placement import compile_step, make_mesh, place_state, spread
@@ -22,6 +23,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    recipe: Recipe = "text-to-image"
     model: str = "sd1"
     """A family, whose UNet is trained."""
     size: int = 256
@@ -40,38 +42,40 @@ class Options:
 
 def main(options: Options) -> None:
     names = ("optimizer", "train", "remat", "dtype")
-    recipe = training.Options(
+    settings = training.Options(
         1000,
         batch_size=options.batch,
         learning_rate=1e-5,
         warmup_steps=0,
         **{name: getattr(options, name) for name in names},
     )
-    mesh = make_mesh(recipe, jax.devices()[:1])
-    objective = Latents(families.get_family(options.model), options.dtype)
-    optimizer = training.make_optimizer(recipe)
-    shapes = jax.eval_shape(lambda: training.init_state(objective, optimizer, recipe))
-    state, aux = spread(shapes, recipe, mesh)
-    batch = sharding.split(objective.batch(options.batch, options.size), mesh)
+    mesh = make_mesh(settings, jax.devices()[:1])
+    family = families.get_family(options.model)
+    goal = objective(options.recipe, family, options.dtype)
+    optimizer = training.make_optimizer(settings)
+    state, aux = spread(held(goal, optimizer, settings), settings, mesh)
+    latents = Latents(family).batch(options.batch, options.size)
+    batch = sharding.split(latents, mesh)
     trained = sum(x.size for x in state.params.values())
-    print(f"{options.model}: {trained / 1e6:,.0f} of {objective.net.size / 1e6:,.0f} M parameters")
+    print(f"{options.model}: {trained / 1e6:,.0f} of {goal.net.size / 1e6:,.0f} M parameters")
     print(f"{options.batch} x {options.size} px, {options}")
 
-    step = compile_step(training.make_step(objective, optimizer, recipe), state, recipe)
+    step = compile_step(training.make_step(goal, optimizer, settings), state, settings)
     start = time.perf_counter()
     compiled = step.lower(state, aux, batch).compile()
     print(f"compiled in {time.perf_counter() - start:.0f} s")
     memory = compiled.memory_analysis()
-    held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    print(f"{held / GIB:.2f} GiB of arguments, {temporary / GIB:.2f} of temporaries")
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    print(f"{arguments / GIB:.2f} GiB of arguments, {temporary / GIB:.2f} of temporaries")
     # Initial parameters are there beside the state that is made of them
     initial = 4 * trained
-    needed, free = held + max(temporary, initial), _available()
+    needed, free = arguments + max(temporary, initial), _available()
     if not options.run or needed > free:
         print(f"not run: it takes {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free")
         return
 
-    state, aux = place_state(objective, optimizer, recipe, mesh)
+    goal = objective(options.recipe, family, options.dtype, real=True)
+    state, aux = place_state(goal, optimizer, settings, mesh)
     for _ in range(options.steps):
         start = time.perf_counter()
         state, metrics = compiled(state, aux, batch)

@@ -5,7 +5,8 @@
 prints the bytes on each chip (arguments: the state and the batch; temporaries; the two together)
 beside what a chip has, and what the chips send each other. The compiler places every buffer, so
 these are the bytes there would be; times cannot be had this way. Needs `pip install "jax[tpu]"`,
-any x86 machine, and some minutes. A program that is too large is refused as on the chip.
+any x86 machine, and some minutes. A program that is too large is refused as on the chip. The
+training is `train.py text-to-image` on cached latents, or another `--recipe`.
 """
 
 import collections
@@ -23,7 +24,7 @@ import jax
 import tyro
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
-from latents import Latents
+from latents import Latents, Recipe, held, objective
 
 from jaxsd import families, sharding, training
 from jaxsd.training.placement import compile_step, make_mesh, spread
@@ -34,6 +35,7 @@ USABLE = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    recipe: Recipe = "text-to-image"
     topology: str = "v5e:4x4"
     """The chips: a generation and a grid, such as v5e:4x4, v6e:2x2 or v5p:2x2x1."""
     model: str = "sd1"
@@ -55,7 +57,7 @@ class Options:
 def main(options: Options) -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
     chips = len(topology.devices)
-    recipe = training.Options(
+    settings = training.Options(
         1000,
         batch_size=options.batch * chips,
         **{
@@ -63,22 +65,23 @@ def main(options: Options) -> None:
             for name in ("accumulate", "fsdp", "tensor", "remat", "dtype", "optimizer")
         },
     )
-    mesh = make_mesh(recipe, topology.devices)
-    objective = Latents(families.get_family(options.model), options.dtype)
-    optimizer = training.make_optimizer(recipe)
+    mesh = make_mesh(settings, topology.devices)
+    family = families.get_family(options.model)
+    goal = objective(options.recipe, family, options.dtype)
+    optimizer = training.make_optimizer(settings)
 
-    shapes = jax.eval_shape(lambda: training.init_state(objective, optimizer, recipe))
-    state, aux = spread(shapes, recipe, mesh)
+    state, aux = spread(held(goal, optimizer, settings), settings, mesh)
     rows = NamedSharding(mesh, sharding.ROWS)
     batch = {
         name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=rows)
-        for name, shape in objective.shapes(recipe.batch_size, options.size).items()
+        for name, shape in Latents(family).shapes(settings.batch_size, options.size).items()
     }
-    step = compile_step(training.make_step(objective, optimizer, recipe), state, recipe)
+    step = compile_step(training.make_step(goal, optimizer, settings), state, settings)
 
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     print(
-        f"{options.model}, {options.size} px, {options.batch} a chip of {options.topology}, {sizes}"
+        f"{options.recipe}, {options.model}, {options.size} px, "
+        f"{options.batch} a chip of {options.topology}, {sizes}"
     )
     print(
         f"{options.dtype}, {options.optimizer}, remat {options.remat}, {options.accumulate} parts"

@@ -169,6 +169,15 @@ def test_guidance_is_followed_as_it_is_sampled(pixels):
     np.testing.assert_allclose((said - u) / s, c - u, rtol=1e-5, atol=1e-5)
 
 
+def test_guidance_of_a_network_that_says_nothing_is_nothing(pixels):
+    """As of an untrained one, whose last layer is zero."""
+    base, teacher, batch = pixels
+    params = jax.tree.map(jnp.zeros_like, teacher.params)
+    example = base.example({}, (), batch, NOW.key)
+    said = ask_teacher(teacher, params, example.x0, jnp.full(4, 500.0), example, jnp.full(4, 3.0))
+    np.testing.assert_array_equal(said, jnp.zeros_like(example.x0))
+
+
 def test_a_student_told_the_scale_begins_as_the_conditional_teacher(pixels):
     base, teacher, batch = pixels
     student = Guided(scaled(base), teacher, 4, RANGE)

@@ -32,17 +32,30 @@ def guided(
         return lambda x, t: network(x, jnp.broadcast_to(t, x.shape[:1]), **conditions[0])
 
     count = len(conditions)
-    stacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *conditions)
+    told = jax.tree.map(_together, *conditions)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        t = jnp.tile(jnp.broadcast_to(t, x.shape[:1]), count)
-        said = jnp.split(network(jnp.concatenate([x] * count), t, **stacked), count)
+        t = jnp.broadcast_to(t, x.shape[:1])
+        said = network(_together(*[x] * count), _together(*[t] * count), **told)
+        each = said.reshape(-1, count, *said.shape[1:])
+        said = [each[:, i] for i in range(count)]
         prediction = said[0]
         for scale, less, more in zip(scales, said, said[1:], strict=False):
             prediction = prediction + scale[:, None, None, None] * (more - less)
         axes = (1, 2, 3)
         spread = said[-1].std(axes, ddof=1, keepdims=True)
         ratio = spread / prediction.std(axes, ddof=1, keepdims=True)
+        # Unasked for, it must not count: 0 / 0 where a network says the same everywhere
+        ratio = jnp.where(guidance_rescale > 0, ratio, 1.0)
         return prediction * (1 + guidance_rescale * (ratio - 1))
 
     return denoise
+
+
+def _together(*arrays: jax.Array) -> jax.Array:
+    """k arrays [b, ...] as one [b k, ...], in which what is of one image stands side by side.
+
+    So it stays on one device where the images are split over several: one array after the other
+    would be other rows for most of them, and each would compute them all.
+    """
+    return jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:])

@@ -163,7 +163,7 @@ class Lab:
             ema_decay=0.99,
         )
         name = f"seed-{seed}/{NAMES[kind]}-teacher"
-        params = self._trained(name, kind, objective, options, (seed, 0))
+        params = self._trained(name, kind, objective, options, seed, 0)
         return Teacher(objective.net, params, objective.schedule)
 
     def students(self, chain: Chain, teacher: Teacher, seed: int) -> dict[int, Params]:
@@ -186,28 +186,22 @@ class Lab:
             weighting = chain.weighting
             objective = SeededProgressive(base, teacher, steps, weighting=weighting, factor=factor)
             name = f"seed-{seed}/{NAMES[chain.kind]}, {chain.name}, {steps}"
-            found[steps] = self._trained(name, chain, objective, options, (seed, stage))
+            found[steps] = self._trained(name, chain, objective, options, seed, stage)
             teacher = Teacher(objective.net, found[steps], schedule)
         return found
 
     def _trained(
-        self,
-        name: str,
-        what: Any,
-        objective: Any,
-        options: training.Options,
-        number: tuple[int, int],
+        self, name: str, what: Any, objective: Any, options: training.Options, seed: int, stage: int
     ) -> Params:
-        """number: (seed, stage), from which all that is random comes."""
+        """seed, stage: all that is random comes from them."""
         file = self.folder / f"{name}.safetensors"
         if file.exists():
             return weights.load(file, objective.net)
-        seed, stage = number
         optimizer = training.make_optimizer(options)
         if what not in self._programs:
             step = training.make_step(objective, optimizer, options)
             self._programs[what] = jax.jit(step, donate_argnums=0)
-        state = state_of(objective, optimizer, seed)
+        state = training.state_of(objective.init(jax.random.key(seed)), optimizer)
         aux = training.Aux((objective.aux, np.uint32(100 * seed + stage)), {})
         scans = data.elements("digit-scans", "train", 100 * seed + stage)
         for batch in data.batches(scans, options.batch_size, 0, options.steps):
@@ -216,10 +210,6 @@ class Lab:
         print(f"{name}: loss {loss:.4f}, {skipped} updates skipped", file=sys.stderr, flush=True)
         weights.save(state.ema, file)
         return state.ema
-
-
-def state_of(objective: Any, optimizer: Any, seed: int) -> training.TrainState:
-    return training.state_of(objective.init(jax.random.key(seed)), optimizer)
 
 
 def schedule_of(kind: str) -> Schedule:
@@ -339,10 +329,8 @@ def measure_seed(kind: str, seed: int, lab: Lab, artist: Artist, results: Result
 
     @functools.cache
     def reference(clipped: bool) -> np.ndarray | None:
-        batches = artist.draw(
-            teacher, teacher.params, clipped, design.reference_steps, design.compared
-        )
-        return finished(batches)
+        how = clipped, design.reference_steps, design.compared
+        return finished(artist.draw(teacher, teacher.params, *how))
 
     for curve in curves(kind):
         networks = dict.fromkeys(design.drawn_steps, teacher.params)
@@ -350,10 +338,9 @@ def measure_seed(kind: str, seed: int, lab: Lab, artist: Artist, results: Result
             networks = lab.students(curve.chain, teacher, seed)
         for steps in curve.steps(design):
             if results.get(curve, steps, seed) is None:
-                batches = artist.draw(
-                    teacher, networks[steps], curve.clipped, steps, design.samples
-                )
-                row = measured(finished(batches), reference(curve.clipped))
+                how = curve.clipped, steps, design.samples
+                pixels = finished(artist.draw(teacher, networks[steps], *how))
+                row = measured(pixels, reference(curve.clipped))
                 results.put(curve, steps, seed, row)
                 print(f"{curve.name}, {steps}, seed {seed}: {row}", file=sys.stderr, flush=True)
 

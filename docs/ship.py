@@ -51,7 +51,7 @@ def main(names: list[str]) -> None:
     if "digits" in names:  # both towers: sampling needs them not, comparing with captions does
         clip = RUNS / "clip" / "model" / "clip"
         target = PRETRAINED / "digits" / "clip"
-        weights.save(load_clip(clip).params, target, weights.TRANSFORMERS_FILE, dtype="float16")
+        weights.save(load_clip(clip).params, target, "model.int8.safetensors", dtype="int8")
         weights.write_json(target / "config.json", weights.read_json(clip / "config.json"))
     files = [path for path in PRETRAINED.rglob("*") if path.is_file()]
     print(f"{sum(path.stat().st_size for path in files) / 1e6:.2f} MB in {PRETRAINED}")

@@ -11,6 +11,9 @@ from jaxsd.pictures import tile
 IMAGES = Path(__file__).parent / "images"
 SCALES = (1.1, 3, 7, 14)
 PROMPT = "a red seven on a white background"
+# Rows of docs/distillation.md: the teacher, and students from the same noise
+STEPS = (("digits", 50), ("digits-4step", 4), ("digits-2step", 2), ("digits-1step", 1))
+STEPS += (("digits-lcm", 4), ("digits-lcm", 2), ("digits-lcm", 1))
 
 
 def enlarge(picture: np.ndarray, times: int) -> Image.Image:
@@ -35,6 +38,12 @@ def main() -> None:
     ]
     images = pipe(prompts, range(40), steps=50, guidance_scale=3)
     enlarge(tile([np.asarray(image) for image in images], 10), 2).save(IMAGES / "digits.png")
+
+    rows = []
+    for name, steps in STEPS:
+        rows += jaxsd.load(name)(prompts[:10], range(10), steps=steps, guidance_scale=3)
+    grid = tile([np.asarray(image) for image in rows], 10)
+    enlarge(grid, 2).save(IMAGES / "students.png")
 
     pipe = jaxsd.load("digits-ddpm")
     names = [str(i % 10) for i in range(40)]

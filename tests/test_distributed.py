@@ -137,6 +137,10 @@ class Painter:
     """Stands in for a pipeline: a picture is its seed, in grey."""
 
     takes_prompts, default_sampler = True, "ddim"
+    default_steps, default_guidance_scale = 30, 7.5
+
+    def taught_scales(self, scales):
+        return scales
 
     def plan_steps(self, sampler, steps):
         return types.SimpleNamespace(count=steps), None

@@ -51,13 +51,14 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
         class_name: str = "DDIMScheduler",
         *,
         turned: bool = False,
+        taught: bool = False,
         **own: Any,
     ) -> tuple[Any, Any, MakeBatches]:
         """The teacher, the denoiser that gives the student's network, and batches.
 
         steps: those that the student is made for. told: whether it is told the guidance scale;
-        None: as its teacher is. turned: whether it may predict what its teacher does not. own: what
-        else its schedule says.
+        None: as its teacher is. turned: whether it may predict what its teacher does not. taught:
+        whether it learns to hear the scale. own: what else its schedule says.
         """
         from jaxsd.diffusion.jumps import student_schedule
         from jaxsd.hub import FOLDERS
@@ -85,6 +86,10 @@ class Distillation(LatentData, DenoisingEvaluation, ModelOptions, LoRAOptions):
                 f"the teacher predicts {kinds[0]}, and its student would start from its weights to "
                 f"predict {kinds[1]}"
                 + ("" if rest else ": turn it first, with progressive's --convert-steps")
+            )
+        if taught and takes_scale(unet.net):
+            raise JaxsdError(
+                f"{self.model} is told the guidance scale already: `progressive` makes it faster"
             )
         scales = self._checked(unet.net.config, told)
         if scales is not None and not told and self.default_guidance_scale is None:

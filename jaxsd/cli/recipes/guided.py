@@ -31,11 +31,9 @@ class Guided(Distillation):
                 "a LoRA changes weights that its base has, and has none that hear the guidance "
                 "scale: add --told False, and give one scale as the range"
             )
-        teacher, base, make_batches = self.teacher_and_base(None, self.told, turned=True)
-        if takes_scale(teacher.net) and self.told:
-            raise JaxsdError(
-                f"{self.model} is told the guidance scale already: `progressive` makes it faster"
-            )
+        teacher, base, make_batches = self.teacher_and_base(
+            None, self.told, turned=True, taught=bool(self.told)
+        )
         if self.told and not takes_scale(base.net):
             raise JaxsdError("told needs a --guidance-range, such as 1 9")
         objective = Objective(base, teacher, PREVIEW_STEPS, **self.shared(base))

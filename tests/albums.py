@@ -6,10 +6,7 @@ import json
 import tarfile
 
 import numpy as np
-import pytest
 from PIL import Image
-
-from jaxsd.errors import JaxsdError
 
 SIZES = ((40, 40), (64, 32), (32, 64), (48, 40), (41, 67), (90, 33), (33, 90), (50, 50))
 
@@ -152,13 +149,6 @@ WRITERS = {
     "arrow-file": lambda folder, pictures: write_arrow(folder, pictures, stream=False),
     "array_record": write_array_records,
 }
-
-
-def refused(call, *args, **kwargs):
-    with pytest.raises(JaxsdError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def contents(source):

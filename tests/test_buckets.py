@@ -9,7 +9,8 @@ import tiny
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.registry import _registry as registry
-from test_single import assert_same, make, refused
+from refusals import refused
+from test_single import assert_same, make
 
 from jaxsd import conversion, weights
 from jaxsd.components import load_parts, save_parts

@@ -8,10 +8,10 @@ import albums
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 
 from jaxsd import pictures
 from jaxsd.data.images import make_image, read_size
-from jaxsd.errors import JaxsdError
 
 
 def save(image, kind="PNG", **options):
@@ -22,13 +22,6 @@ def save(image, kind="PNG", **options):
 
 def rng(seed=0):
     return np.random.default_rng(seed)
-
-
-def refused(call, *args):
-    with pytest.raises(JaxsdError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def gradient(height, width):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 from lora_examples import write
+from refusals import refused
 
 from jaxsd.errors import JaxsdError
 from jaxsd.inspection import inspect
@@ -36,13 +37,6 @@ def vectors(*shape) -> np.ndarray:
 
 def cat(count=2, **others) -> Embedding:
     return Embedding("<cat>", {"text_encoder": vectors(count, 8)} | others)
-
-
-def refused(function, *args, **kwargs) -> str:
-    with pytest.raises(JaxsdError) as error:
-        function(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- Files -----------------------------------------------------------------------------------

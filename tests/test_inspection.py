@@ -7,7 +7,8 @@ import sys
 import jax.numpy as jnp
 import pytest
 import tiny
-from test_single import assert_same, contents, make, refused
+from refusals import refused
+from test_single import assert_same, contents, make
 
 from jaxsd import conversion, weights
 from jaxsd.cli import convert as convert_command

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from refusals import refused
 
 import jaxsd
 from jaxsd.components import Component
@@ -189,14 +190,6 @@ def test_values_compile_nothing(pipe):
 
 
 # --- What is refused --------------------------------------------------------------------------
-
-
-def refused(function, *args, **kwargs) -> str:
-    """The message of the JaxsdError that the call must raise: a single line."""
-    with pytest.raises(JaxsdError) as error:
-        function(*args, **kwargs)
-    assert str(error.value) and "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

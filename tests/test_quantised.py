@@ -13,7 +13,8 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_single import make, refused
+from refusals import refused
+from test_single import make
 from test_weights import assert_equal, raw_file
 
 import jaxsd

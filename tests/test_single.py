@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from refusals import refused
 
 from jaxsd import conversion
 from jaxsd.components import Component, Parts, load_parts, make_index, make_net, save_parts
 from jaxsd.diffusion.schedule import Schedule
-from jaxsd.errors import JaxsdError
 from jaxsd.families import FAMILIES
 from jaxsd.models import CLIPTextProjectionConfig
 from jaxsd.weights import ldm, load, save, single
@@ -95,13 +95,6 @@ def assert_same(ours: Parts, parts: Parts) -> None:
             np.testing.assert_array_equal(np.asarray(mine), np.asarray(value), err_msg=key)
     assert ours.schedule == parts.schedule and ours.index == parts.index
     assert ours.tokenizers.keys() == parts.tokenizers.keys()
-
-
-def refused(function, *args, **kwargs) -> str:
-    with pytest.raises(JaxsdError) as error:
-        function(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def contents(file) -> dict[str, jnp.ndarray]:

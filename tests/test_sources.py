@@ -6,8 +6,9 @@ import pickle
 import albums
 import numpy as np
 import pytest
-from albums import contents, refused
+from albums import contents
 from fsspec.registry import _registry as registry
+from refusals import refused
 from test_buckets import Bucket, bucket  # noqa: F401
 
 from jaxsd.data.files import expand_braces

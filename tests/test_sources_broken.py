@@ -6,7 +6,8 @@ import tarfile
 import albums
 import numpy as np
 import pytest
-from albums import contents, refused
+from albums import contents
+from refusals import refused
 from test_buckets import Bucket, bucket  # noqa: F401
 
 from jaxsd.data.records import decode_record, encode_record, write_records

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from test_pipeline import PROMPT, compilations, component, pixels, refused
+from refusals import refused
+from test_pipeline import PROMPT, compilations, component, pixels
 from test_tasks import MASK, PICTURE, make
 
 import jaxsd

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_pipeline import CALL, compilations, component, pixels, refused
+from refusals import refused
+from test_pipeline import CALL, compilations, component, pixels
 
 import jaxsd
 from jaxsd.data import digits

@@ -59,8 +59,8 @@ def ask(
         assert scale is not None
         w = guidance_scale_embedding(scale - 1, net.config.time_cond_proj_dim)
         told = told | {"timestep_cond": w}
-    method = {} if method == "__call__" else {"method": method}  # a Net of one's own may have none
-    return net(params, z.astype(dtype), t, **told, **method).astype(jnp.float32)
+    part = {} if method == "__call__" else {"method": method}  # a Net of one's own may have none
+    return net(params, z.astype(dtype), t, **told, **part).astype(jnp.float32)
 
 
 def ask_teacher(

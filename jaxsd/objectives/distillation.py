@@ -59,7 +59,7 @@ def ask(
         assert scale is not None
         w = guidance_scale_embedding(scale - 1, net.config.time_cond_proj_dim)
         told = told | {"timestep_cond": w}
-    part = {} if method == "__call__" else {"method": method}  # a Net of one's own may have none
+    part: dict[str, Any] = {} if method == "__call__" else {"method": method}
     return net(params, z.astype(dtype), t, **told, **part).astype(jnp.float32)
 
 

@@ -143,7 +143,8 @@ def test_a_style_is_a_gradient_beside_the_prompt(latent):
         found = styled(latent, noise, "nine", "a red seven", scale, 1)
         np.testing.assert_allclose(found, alpha * noise - sigma * said, atol=1e-5)
     plain = on_ladder(latent).denoise(noise, told["nine"], None, steps=3, sampler="ddim")
-    np.testing.assert_allclose(styled(latent, noise, "nine", "x", 0, 3), plain, atol=1e-4)
+    found = styled(latent, noise, "nine", "x", 0.0, 3)
+    np.testing.assert_allclose(found, plain, atol=1e-4)
 
 
 def test_no_style_without_words():

@@ -58,8 +58,8 @@ def test_of_two_at_right_angles_the_weights_are_sine_and_cosine():
 
 def test_the_ends_are_exact_and_each_picture_has_its_share():
     a, b = jax.random.normal(jax.random.key(1), (2, *SHAPE))
-    np.testing.assert_array_equal(slerp(a, b, 0), a)
-    np.testing.assert_array_equal(slerp(a, b, 1), b)
+    np.testing.assert_array_equal(slerp(a, b, 0.0), a)
+    np.testing.assert_array_equal(slerp(a, b, 1.0), b)
     each = slerp(a, b, [0.0, 0.3, 1.0])
     np.testing.assert_array_equal(each[0], a[0])
     np.testing.assert_array_equal(each[2], b[2])
@@ -78,11 +78,11 @@ def test_nearly_parallel_draws(gap):
 
 def test_opposite_draws_and_none():
     a = jax.random.normal(jax.random.key(3), SHAPE)
-    np.testing.assert_array_equal(slerp(a, -a, 1), -a)
+    np.testing.assert_array_equal(slerp(a, -a, 1.0), -a)
     np.testing.assert_allclose(slerp(a, -a, 0.25), 0.5 * a, atol=1e-5)
     nothing = jnp.zeros(SHAPE)
     np.testing.assert_array_equal(slerp(nothing, nothing, 0.5), nothing)
-    np.testing.assert_array_equal(slerp(nothing, a, 1), a)
+    np.testing.assert_array_equal(slerp(nothing, a, 1.0), a)
 
 
 # --- Prompts ---------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def extract(
     out, and so (form "kohya") are those for which programs know no name of kohya's. Factors are
     float32 and balanced, up = U sqrt(S) and down = sqrt(S) V', with alpha the rank.
 
-    JaxsdError for a rank below 1, models of two families (both are named) or without a difference.
+    JaxsdError for a rank below 1, models of two families (both are named), or a difference that is
+    none or not finite.
     """
     if rank < 1:
         raise JaxsdError(f"the rank of a LoRA must be at least 1, not {rank}")
@@ -56,6 +57,9 @@ def extract(
         for name, value in weights.items():
             change = np.asarray(value, np.float32) - np.asarray(base[component][name], np.float32)
             size = float(np.square(change, dtype=np.float64).sum())
+            if not math.isfinite(size):
+                raise JaxsdError(f"{component}.{name}: the difference between the models is not "
+                                 "finite: one of them is broken")  # fmt: skip
             total += size
             if not size or not _has_place(component, name, change.shape, form):
                 continue
@@ -63,8 +67,6 @@ def extract(
             layer, energy = _truncated(change, rank)
             layers.setdefault(component, {})[name] = layer
             kept += energy
-    if not math.isfinite(total):
-        raise JaxsdError("the difference between the models is not finite: one of them is broken")
     if not layers:
         raise JaxsdError("the two models are the same in all that a LoRA can change")
     shares = (min(math.sqrt(part / total), 1.0) for part in (kept, possible))

@@ -27,6 +27,7 @@ def train(recipe, *words):
     main([recipe, *SHORT, *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_chain_of_stages_from_an_eps_teacher(teachers, tmp_path, capfd):
     words = ("--model", teachers["epsilon"], "--workdir", tmp_path, "--start-steps", 4)
     words += ("--convert-steps", 1, "--last-stages-steps", 3, "--default-guidance-scale", 1)
@@ -56,6 +57,7 @@ def test_a_chain_of_stages_from_an_eps_teacher(teachers, tmp_path, capfd):
         train("progressive", *words, "--learning-rate", 1e-2)
 
 
+@pytest.mark.slow
 def test_guided_then_progressive(teachers, tmp_path):
     first, then = tmp_path / "guided", tmp_path / "progressive"
     train(

@@ -27,6 +27,7 @@ def script():
     del sys.modules["ablation"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped(script, tmp_path, monkeypatch, capsys):
     unet = dataclasses.replace(tiny.PIXEL_UNET, dropout=0.0)
     monkeypatch.setattr(script.Design, "unet", unet)

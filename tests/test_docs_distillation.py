@@ -55,6 +55,7 @@ def script(monkeypatch, tmp_path):
     return module
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once(script, capsys, tmp_path):
     script.absent = {"digits-lcm"}
     script.run(only=("pixel",))

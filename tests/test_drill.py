@@ -57,6 +57,7 @@ def server():
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path, server):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     kills = drill(lambda i: Served(server, cut, REACH * (i + 1)), cut, KILLS)

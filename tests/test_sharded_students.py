@@ -40,6 +40,7 @@ def test_a_device_holds_its_share_of_a_full_size_teacher():
         assert whole / fsdp <= held < 1.04 * whole / fsdp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, unet, passes",
     [(Progressive, TOLD, 1), (Guided, tiny.PIXEL_UNET, 2)],

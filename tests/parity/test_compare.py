@@ -172,6 +172,7 @@ def test_sd1_agrees_in_both_dtypes(sd1, capsys, bfloat16):
     assert "mid_block.resnets.0.conv1" not in rows["unet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, sampler", [("sd2", "dpmpp_2m"), ("sdxl", "euler")])
 def test_others_agree(kind, sampler, tmp_path, cache, capsys):
     folder = written(kind, tmp_path)
@@ -298,6 +299,7 @@ ALONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_every_class(name, tmp_path, cache, capsys):
     torch_model = random_model().make(ALONE[name])

@@ -45,6 +45,7 @@ class DreamBooth(TextOptions, Teaching):
     class_batch_size: int = 4
     """Pictures that are drawn at a time."""
     learning_rate: float = 5e-6
+    """This suits whole weights; factors (--lora-rank) want about 1e-4."""
     steps: int = 400
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ OF_THE_PRIOR += ("class_steps", "class_guidance_scale", "class_batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DreamBooth(TextOptions, Teaching):
+class DreamBooth(Teaching, TextOptions):
     """One thing for a rare word: the model itself is fine-tuned on a few pictures of it.
 
     With --class-prompt it is held to pictures of the class, which it draws itself where there are
@@ -44,6 +44,8 @@ class DreamBooth(TextOptions, Teaching):
     """Guidance scale of what is drawn; by default the model's own."""
     class_batch_size: int = 4
     """Pictures that are drawn at a time."""
+    batch_size: int = 4
+    """Pictures of the thing in an update, and as many of the class, on all devices together."""
     learning_rate: float = 5e-6
     """This suits whole weights; factors (--lora-rank) want about 1e-4."""
     steps: int = 400

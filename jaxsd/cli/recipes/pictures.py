@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from jaxsd.errors import JaxsdError
 
@@ -28,7 +28,7 @@ class PictureShapes:
     num_workers: int = 0
     """Processes that decode pictures; 0 for two threads of the training itself."""
 
-    def sized(self, unet: Any, towers: Any) -> Self:
+    def sized(self, unet: Any, towers: Any) -> Any:
         """These options with a resolution; unet: a config of the model, towers: `jaxsd.towers`."""
         side = unet.sample_size * towers.nets["vae"].config.downscale
         return self if self.resolution else dataclasses.replace(self, resolution=side)

@@ -19,6 +19,7 @@ from jaxsd.editing import class_pictures
 from jaxsd.editing.class_pictures import Drawing
 from jaxsd.objectives import Now
 from jaxsd.objectives.dreambooth import PRIOR, DreamBooth
+from jaxsd.objectives.text_to_image import TextToImage
 from jaxsd.weights import lora_files
 
 KEY = jax.random.key(3)
@@ -43,23 +44,24 @@ def pictures(tmp_path_factory) -> Path:
 # --- The loss -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def made(words):
-    """The objective, parameters, and a batch of the thing and the class."""
+    """The objective, with a spy in the network's place, and a batch of the thing and the class."""
     base = tiny.text_to_image(words, caption_dropout=0.0)
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     ids = base.towers.tokenize(["a sks seven"] * 3 + [CLASS] * 3)
     image = tiny.pictures(6)
     batch = {"image": image[:3], "input_ids": ids[:3]}
     batch |= {PRIOR + "image": image[3:], PRIOR + "input_ids": ids[3:]}
-    batch = {name: jnp.asarray(value) for name, value in batch.items()}
-    return DreamBooth(**fields, prior_weight=0.25), tiny.parameters(base.net), batch
+    objective = DreamBooth(**fields, prior_weight=0.25)
+    objective.net = tiny.Spy()
+    return objective, {name: jnp.asarray(value) for name, value in batch.items()}
 
 
 def test_the_loss_is_the_things_plus_the_weighted_classs(made):
-    """By hand: every row's error, from the network's prediction for the noise that was drawn."""
-    objective, params, batch = made
-    loss, logged = jax.jit(objective.loss)(params, objective.aux, batch, Now(KEY))
+    """By hand: every row's error, of what the spy says for the noise that was drawn."""
+    objective, batch = made
+    loss, logged = objective.loss({}, objective.aux, batch, Now(KEY))
     key_latent, _, key = jax.random.split(KEY, 3)
     key_t, key_eps, _ = jax.random.split(key, 3)
     order = [0, 3, 1, 4, 2, 5]  # the thing's and the class's rows in turn
@@ -70,22 +72,28 @@ def test_the_loss_is_the_things_plus_the_weighted_classs(made):
     towers = objective.towers
     mean, logvar = towers.moments(towers.params["vae"], image)
     drawn = jax.random.normal(key_latent, mean.shape)
-    x0 = (mean + jnp.exp(logvar / 2) * drawn) * towers.scaling_factor
-    eps, t = jax.random.normal(key_eps, x0.shape), objective.schedule.random_times(key_t, 6, False)
-    alpha, sigma = (a[:, None, None, None] for a in objective.schedule.alpha_sigma(t))
-    said = objective.net(params, alpha * x0 + sigma * eps, t, **towers.states(towers.params, ids))
-    errors = np.square(np.asarray(said - (alpha * eps - sigma * x0), np.float64)).mean((1, 2, 3))
+    x0 = np.asarray((mean + jnp.exp(logvar / 2) * drawn) * towers.scaling_factor, np.float64)
+    eps = np.asarray(jax.random.normal(key_eps, x0.shape), np.float64)
+    t = objective.schedule.random_times(key_t, 6, False)
+    alpha, sigma = (
+        np.asarray(a, np.float64)[:, None, None, None] for a in objective.schedule.alpha_sigma(t)
+    )
+    said = np.tanh(alpha * x0 + sigma * eps) + np.asarray(t)[:, None, None, None] / 1000
+    errors = np.square(said - (alpha * eps - sigma * x0)).mean((1, 2, 3))
     own, prior = errors[[0, 2, 4]].mean(), errors[[1, 3, 5]].mean()
     np.testing.assert_allclose(logged["loss_instance"], own, rtol=1e-5)
     np.testing.assert_allclose(logged["loss_prior"], prior, rtol=1e-5)
     np.testing.assert_allclose(loss, own + 0.25 * prior, rtol=1e-5)
+    states = towers.states(towers.params, ids)["encoder_hidden_states"]
+    told = objective.net.conditioning["encoder_hidden_states"]
+    np.testing.assert_allclose(told, states, atol=1e-6)
 
 
 def test_without_the_class_it_is_fine_tuning(made):
-    objective, params, batch = made
+    objective, batch = made
     batch = {n: value for n, value in batch.items() if not n.startswith(PRIOR)}
-    plain = tiny.TextToImage.loss(objective, params, objective.aux, batch, Now(KEY))
-    assert_same_state(objective.loss(params, objective.aux, batch, Now(KEY)), plain)
+    plain = TextToImage.loss(objective, {}, objective.aux, batch, Now(KEY))
+    assert_same_state(objective.loss({}, objective.aux, batch, Now(KEY)), plain)
 
 
 # --- The class's pictures -----------------------------------------------------------------------

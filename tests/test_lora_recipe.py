@@ -13,6 +13,7 @@ import jaxsd
 from jaxsd.cli.recipes.lora import LoRA
 from jaxsd.cli.train import main
 from jaxsd.objectives.low_rank import LowRank
+from jaxsd.objectives.text_to_image import TextToImage
 from jaxsd.weights import lora_files
 
 
@@ -35,7 +36,8 @@ def recipe(model, pictures, workdir, **options) -> LoRA:
     return LoRA(model=str(model), data=str(pictures), workdir=workdir, **options)
 
 
-def test_the_command_leaves_kohyas_names(model, pictures, tmp_path):
+def test_the_command_leaves_kohyas_names(model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextToImage, "preview", lambda self, params: None)
     words = ("--model", model, "--data", pictures, "--workdir", tmp_path, "--steps", 2)
     words += ("--batch-size", 8, "--lora-rank", 2, "--lora-alpha", 3, "--learning-rate", 0.01)
     words += ("--lora-targets", "attention", "text-encoders", "--lora-format", "kohya")

@@ -238,6 +238,7 @@ def test_batches_hold_both_halves(model, pictures, tmp_path):
         ({"token": "seven", **PRIOR_OPTIONS}, "class_prompt 'a seven' holds the token 'seven'"),
         ({"token": " "}, "token must not be empty"),
         ({"instance_prompt": ""}, "instance_prompt must not be empty"),
+        ({"class_prompt": ""}, "class_prompt must not be empty"),
         ({"class_data": Path("x")}, "class_data needs a --class-prompt"),
         ({"num_class_images": 7}, "num_class_images needs a --class-prompt"),
         ({"prior_weight": 0.5}, "prior_weight needs a --class-prompt"),

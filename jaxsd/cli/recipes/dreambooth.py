@@ -52,7 +52,8 @@ class DreamBooth(Teaching, TextOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, text in (("instance_prompt", self.instance_prompt), ("token", self.token)):
+        for name in ("instance_prompt", "token", "class_prompt"):
+            text = getattr(self, name)
             if text is not None and not text.strip():
                 raise JaxsdError(f"{name} must not be empty")
         if self.token is not None and not _holds(self.instance_prompt, self.token):

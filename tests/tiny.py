@@ -17,6 +17,7 @@ from jaxsd.models import (
     CLIPTextModelWithProjection,
     CLIPTextProjectionConfig,
     CLIPVisionConfig,
+    UNet,
     UNetConfig,
     VAEConfig,
 )
@@ -26,6 +27,7 @@ from jaxsd.objectives.ddpm import DDPM
 from jaxsd.objectives.text_to_image import TextToImage
 from jaxsd.objectives.vae import VAE
 from jaxsd.pictures import to_uint8
+from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import Tokenizer, train_tokenizer
 from jaxsd.towers import Towers
 
@@ -149,6 +151,19 @@ def xl_towers(words: Tokenizer) -> Towers:
     return Towers(components, {"tokenizer": words, "tokenizer_2": words})
 
 
+def pipeline(words: Tokenizer, xl: bool = False) -> Pipeline:
+    """A model that draws, of Stable Diffusion's parts or of XL's."""
+    parts = xl_towers(words) if xl else towers(words)
+    unet = Net(UNet(dataclasses.replace(LATENT_UNET, **(XL_CHANGES if xl else {}))))
+    return Pipeline(
+        Component(unet, parameters(unet)),
+        Schedule(prediction_type="v_prediction", clip_sample=False),
+        **parts.components,
+        **parts.tokenizers,
+        zero_empty_prompt=xl,
+    )
+
+
 def text_to_image(words: Tokenizer, xl: bool = False, **kwargs) -> TextToImage:
     if xl:
         unet = dataclasses.replace(LATENT_UNET, **XL_CHANGES)
@@ -163,9 +178,8 @@ def captioned_batch(words: Tokenizer) -> dict[str, np.ndarray]:
 
 
 def save_model(folder: Path, words: Tokenizer) -> Path:
-    """A diffusers folder of a latent model with random weights, which draws 8x8 pictures."""
-    objective = text_to_image(words)
-    objective.export(parameters(objective.net), folder)
+    """The folder of `pipeline`."""
+    pipeline(words).save(folder)
     return folder
 
 

@@ -33,6 +33,10 @@ class PictureShapes:
         side = unet.sample_size * towers.nets["vae"].config.downscale
         return self if self.resolution else dataclasses.replace(self, resolution=side)
 
+    def check_workers(self) -> None:
+        if self.num_workers < 0:
+            raise JaxsdError(f"num_workers must be at least 0, not {self.num_workers}")
+
     def open_pictures(
         self, data: str, seed: int, batch_size: int, workdir: Path | None = None, **options: Any
     ) -> Any:
@@ -43,8 +47,7 @@ class PictureShapes:
         from jaxsd.data import PictureOptions, open_pictures
         from jaxsd.processes import agree
 
-        if self.num_workers < 0:
-            raise JaxsdError(f"num_workers must be at least 0, not {self.num_workers}")
+        self.check_workers()
         chosen = PictureOptions(
             data=data,
             resolution=self.resolution,
@@ -84,6 +87,7 @@ class PictureData(PictureShapes):
         """Endless examples of the digits, or as `open_pictures` gives them."""
         from jaxsd import data
 
+        self.check_workers()
         if self.data in data.SOURCES:
             return data.elements(self.data, split, seed)
         column, holdout = self.caption_column, self.holdout

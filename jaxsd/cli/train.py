@@ -13,6 +13,7 @@ from jaxsd.cli.recipes.consistency import Consistency
 from jaxsd.cli.recipes.ddpm import DDPM
 from jaxsd.cli.recipes.encode import Encode
 from jaxsd.cli.recipes.guided import Guided
+from jaxsd.cli.recipes.imagic import Imagic
 from jaxsd.cli.recipes.progressive import Progressive
 from jaxsd.cli.recipes.text_to_image import TextToImage
 from jaxsd.cli.recipes.vae import VAE
@@ -26,6 +27,7 @@ Recipe = (
     | Annotated[Progressive, tyro.conf.subcommand("progressive", prefix_name=False)]
     | Annotated[Guided, tyro.conf.subcommand("guided", prefix_name=False)]
     | Annotated[Consistency, tyro.conf.subcommand("consistency", prefix_name=False)]
+    | Annotated[Imagic, tyro.conf.subcommand("imagic", prefix_name=False)]
     | Annotated[Encode, tyro.conf.subcommand("encode", prefix_name=False)]
 )
 
@@ -42,6 +44,7 @@ def run(recipe: Common) -> None:
         return
     for stage in stages:
         _train(stage, one_of_several=len(stages) > 1)
+    recipe.finish()
 
 
 def _config(recipe: Common) -> dict[str, Any]:
@@ -59,8 +62,8 @@ def _train(recipe: Common, one_of_several: bool) -> None:
 
     config = _config(recipe)
     training.check_workdir(recipe.workdir, config, recipe)  # building writes into it
-    index = recipe.workdir / "model" / "model_index.json"  # the last thing that a training writes
-    if not (one_of_several and processes.first(index.is_file)):
+    last = recipe.workdir / "model" / recipe.made
+    if not (one_of_several and processes.first(last.is_file)):
         objective, make_batches = _build(recipe)
         told = recipe.evaluators(objective)
         training.train(objective, make_batches, recipe, recipe.workdir, config, evaluators=told)

@@ -104,16 +104,17 @@ def read(folder: str | os.PathLike) -> Edit:
     if values.keys() != known:
         raise JaxsdError(f"{file} says {listing(sorted(values))}, not {listing(sorted(known))}")
     prompt, size, clip_skip, base = (values[n] for n in ("prompt", "size", "clip_skip", "base"))
-    right = {
-        "prompt": isinstance(prompt, str),
-        "size": isinstance(size, list)
-        and len(size) == 2
-        and all(type(side) is int and 0 < side <= MAX_SIDE for side in size),
-        "clip_skip": type(clip_skip) is int and clip_skip >= 0,
-        "base": base is None or _names_a_model(base),
+    sides = size if isinstance(size, list) else []
+    wrong = {
+        "prompt is not text": not isinstance(prompt, str),
+        f"size is not [height, width], at most {MAX_SIDE}": len(sides) != 2
+        or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides),
+        "clip_skip is not a number of layers": type(clip_skip) is not int or clip_skip < 0,
+        f"base is neither null nor a model, with {listing(list(BASE))} alone": base is not None
+        and not _names_a_model(base),
     }
-    if wrong := [name for name, fine in right.items() if not fine]:
-        raise JaxsdError(f"{file} says of {listing(wrong)} what no edit does")
+    if said := [problem for problem, there in wrong.items() if there]:
+        raise JaxsdError(f"{file}: {'; '.join(said)}")
     told = _read_arrays(folder / ARRAYS)
     try:
         return Edit(prompt, told["target"], told["optimised"], tuple(size), clip_skip, base)

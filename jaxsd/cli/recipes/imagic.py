@@ -1,6 +1,7 @@
 """`train.py imagic`: one picture, changed by words, in two trainings and a strip of pictures."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -13,6 +14,7 @@ from jaxsd.training.options import one_of
 # Learning rates of the second stage where none is given: of the whole UNet, and of factors
 WHOLE, FACTORS = 5e-7, 1e-4
 LOSS = "reconstruction/loss"
+OF_UNET = ("train", "freeze", "rate_factors", "decayed")  # patterns of its parameters' names
 FIRST, STRIP = "embedding", "strip.png"  # in the workdir
 
 
@@ -177,12 +179,16 @@ class Imagic(ImagicOptions):
         if self.learning_rate == 0:
             object.__setattr__(self, "learning_rate", FACTORS if self.lora_rank else WHOLE)
         super().__post_init__()
+        # Now, not after the trainings
+        if not self.etas or not all(map(math.isfinite, self.etas)):
+            raise JaxsdError(f"etas are numbers, such as 0 0.5 1, not {list(self.etas)}")
+        if min(self.strip_seeds, self.sampling_steps or 1) < 1:
+            raise JaxsdError("strip_seeds and sampling_steps must be at least 1")
 
     def stages(self) -> list[Common]:
-        shared: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(ImagicOptions)
-        }
-        plain = {f.name: f.default for f in dataclasses.fields(LoRAOptions) if "lora" in f.name}
+        fields = dataclasses.fields(ImagicOptions)
+        shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields}
+        plain = {f.name: f.default for f in fields if f.name in OF_UNET or "lora" in f.name}
         first: dict[str, Any] = {
             **plain,
             "workdir": self.workdir / FIRST,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from refusals import refused
 from test_pipeline import CALL, compilations, component, pixels
 
@@ -83,6 +84,32 @@ def test_strength_goes_from_the_picture_to_none_of_it(pipe):
         )
         distances.append(float(jnp.abs(out - clean).mean()))
     assert distances == sorted(distances) and distances[0] < 0.5 * distances[-1]
+
+
+@pytest.mark.parametrize("kind", ["1x1", "transparent", "turned", "16 bits", "palette"])
+def test_pictures_of_every_kind_are_started_from_as_they_are_seen(pipe, tmp_path, kind):
+    file, seen, exif = tmp_path / "given.png", Image.fromarray(PICTURE), Image.Exif()
+    given = seen
+    if kind == "1x1":
+        given = Image.new("RGB", (1, 1), (200, 30, 40))
+        seen = Image.new("RGB", (8, 8), (200, 30, 40))
+    elif kind == "transparent":
+        given = Image.new("RGBA", (8, 8), (0, 0, 255, 0))
+        seen = Image.new("RGB", (8, 8), "white")
+    elif kind == "turned":
+        exif[0x0112] = 6  # a quarter turn
+        seen = seen.transpose(Image.Transpose.ROTATE_270)
+    elif kind == "16 bits":
+        given = Image.fromarray(PICTURE[..., 0].astype(np.uint16) * 257)
+        seen = Image.fromarray(PICTURE[..., 0])
+    else:
+        given = seen.quantize(16)
+        seen = given.convert("RGB")
+    given.save(file, exif=exif)
+    how = {"strength": 0.7, "height": 8, "width": 8}
+    found = pixels(pipe, image=file, **how)
+    np.testing.assert_array_equal(found, pixels(pipe, image=seen, **how))
+    assert (found != pixels(pipe, image=MASK, **how)).any()
 
 
 def test_what_the_mask_protects_stays(pipe):

@@ -15,6 +15,7 @@ from jaxsd.models import (
     CLIPTextModelWithProjection,
     CLIPTextProjectionConfig,
     CLIPVisionConfig,
+    UNet,
     UNetConfig,
     VAEConfig,
 )
@@ -23,6 +24,7 @@ from jaxsd.objectives.clip import CLIP
 from jaxsd.objectives.ddpm import DDPM
 from jaxsd.objectives.text_to_image import TextToImage
 from jaxsd.objectives.vae import VAE
+from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import Tokenizer, train_tokenizer
 from jaxsd.towers import Towers
 
@@ -144,6 +146,19 @@ def xl_towers(words: Tokenizer) -> Towers:
     net = Net(CLIPTextModelWithProjection(config))
     components = first.components | {"text_encoder_2": Component(net, parameters(net, 1))}
     return Towers(components, {"tokenizer": words, "tokenizer_2": words})
+
+
+def pipeline(words: Tokenizer, xl: bool = False) -> Pipeline:
+    """A model that draws, of Stable Diffusion's parts or of XL's."""
+    parts = xl_towers(words) if xl else towers(words)
+    unet = Net(UNet(dataclasses.replace(LATENT_UNET, **(XL_CHANGES if xl else {}))))
+    return Pipeline(
+        Component(unet, parameters(unet)),
+        Schedule(prediction_type="v_prediction", clip_sample=False),
+        **parts.components,
+        **parts.tokenizers,
+        zero_empty_prompt=xl,
+    )
 
 
 def text_to_image(words: Tokenizer, xl: bool = False, **kwargs) -> TextToImage:

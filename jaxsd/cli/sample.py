@@ -5,16 +5,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxsd.cli.several import Several, split
 from jaxsd.cli.together import NAMES, Together
 from jaxsd.errors import JaxsdError
-
-T = TypeVar("T")
-# Given once for each: --lora a --lora b. A list after one flag would swallow the prompts.
-Several = Annotated[tuple[T, ...], tyro.conf.UseAppendAction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +204,10 @@ def _load(options: Options) -> tuple[Any, Any, Any]:
     else:
         pipe = pipeline.load(options.model, controlnets=options.controlnet, **shared, **own)
     for text in options.lora:
-        name, scale = _split(text, float, 1.0)
+        name, scale = split(text, float, 1.0)
         pipe.add_lora(name, scale)
     for text in options.textual_inversion:
-        pipe.add_embedding(*_split(text, str, None))
+        pipe.add_embedding(*split(text, str, None))
     refiner = None if options.refiner is None else pipeline.load(options.refiner, **shared)
     changes: dict[str, Any] = {}
     if options.spacing:
@@ -287,17 +284,6 @@ def _notes(options: Options, sampler: str) -> dict[str, Any]:
     # By identity: a guidance scale of 0 equals False, and says much.
     said = {n: value for n, value in noted.items() if value is not None and value is not False}
     return {name: value for name, value in said.items() if value != ()}
-
-
-def _split(text: str, kind: Any, default: Any) -> tuple[str, Any]:
-    """The two parts of "file:value"; a colon inside the file's name or address is part of it."""
-    name, colon, value = text.rpartition(":")
-    if not colon or value.startswith("//") or Path(text).exists():
-        return text, default
-    try:
-        return name, kind(value)
-    except ValueError:
-        return text, default
 
 
 def write_png(picture: Any, path: Path, notes: dict[str, Any]) -> Path:

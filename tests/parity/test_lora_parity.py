@@ -27,6 +27,7 @@ from jaxsd.models import (
 )
 from jaxsd.nn import Net
 from jaxsd.weights import lora, lora_files
+from jaxsd.weights.lora_extract import extract
 
 # peft, about the second adapter of a model
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
@@ -83,6 +84,26 @@ def test_half_precision(sd1, tmp_path, dtype):
     made = random_lora(sd1, layers="attn|ff|conv1")
     file = lora_files.save(made, tmp_path, "peft", dtype)
     assert_fuses_alike(sd1, (file, 1.0), changed=sum(map(len, made.layers.values())))
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_what_we_extract_leads_them_to_the_tuned_model(tmp_path, family, form):
+    """1e-5 of each weight's size: the factors of a sum are found to that."""
+    pipe = pipeline(family)
+    base = weights(pipe)
+    made = random_lora(pipe, rank=2, alpha=1.0, without="embedding")
+    tuned = lora.merge(base, [(made, 0.7)])
+    found = extract(tuned, base, 2, form)
+    assert found.kept > 1 - 1e-6
+    assert {c: set(n) for c, n in found.lora.layers.items()} == {
+        c: set(n) for c, n in made.layers.items()
+    }
+    theirs = loaded(pipe, (lora_files.save(found.lora, tmp_path, form), 1.0))
+    theirs.fuse_lora(components=list(base))
+    for component, params in weights(theirs).items():
+        for name, value in params.items():
+            assert relative_error(tuned[component][name], np.asarray(value)) <= 1e-5, name
 
 
 # --- Running models --------------------------------------------------------------------------

@@ -103,8 +103,10 @@ def test_both_stages_leave_an_edit_curves_and_pictures(whole):
         assert 1e-3 < np.abs(array - last.target[name]).max() < 0.1  # three updates of 1e-2
     for folder in (whole / "embedding", whole):
         assert [s for s, r in rows(folder).items() if "reconstruction/loss" in r] == [2, 3]
-        assert Image.open(folder / "samples" / "preview_0000003.png").size == (4 * 8 + 3, 8)
-    assert Image.open(whole / "strip.png").size == (3 * 8 + 2, 8)
+        with Image.open(folder / "samples" / "preview_0000003.png") as picture:
+            assert picture.size == (4 * 8 + 3, 8)
+    with Image.open(whole / "strip.png") as picture:
+        assert picture.size == (3 * 8 + 2, 8)
     tuned, plain = (jaxsd.load(f) for f in (whole / "model", first.base["model"]))
     for name in ("vae", "text_encoder"):
         assert_same_state(tuned.params[name], plain.params[name])

@@ -13,7 +13,7 @@ from jaxsd.hub import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WITH_FILES = re.compile(r"path/to|my-folder")  # for a model that the reader has
+WITH_FILES = re.compile(r"path/to|my-folder|--model wings")  # for a model that the reader has
 COMMANDS = [line for line in README.splitlines() if line.startswith("python ")]
 
 

@@ -5,65 +5,33 @@ drawn of each Imagic edit in .cache/editing, so that it goes on where it was sto
 stops it. `--only SDEdit Imagic` chooses methods; `--no-measure` prints and draws what is known.
 Needs matplotlib: `pip install -e ".[docs]"`.
 
-100 held-out scans, three edits of each (`edits.py`), all by the shipped `digits`. Everything in
-`Design` was chosen on the first 20 pictures of training scans (`--split train --count 20`), by the
-area under the curve that is printed, before any edit of a held-out scan was looked at.
-
-- SDEdit (2108.01073): image-to-image with the target prompt, over the strength.
-- DDIM inversion (2010.02502): a share of the way to noise with the empty prompt, as of a picture of
-  which nothing is known, and back with the target prompt, over that share.
-- Imagic (2210.09276): an embedding and then the network learn the picture; sampled over eta.
+Held-out scans, three edits of each (`edits.py`), by the shipped `digits`, in each of the ways of
+`edit_methods.py`. What is in `Design` was chosen on training scans (`--split train`, with its own
+--results), by the area under the curve, before any edit of a held-out scan was looked at.
 """
 
 import dataclasses
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import editing_plot
-import jax.numpy as jnp
 import numpy as np
 import tyro
+from edit_methods import BASELINES, IMAGIC, METHODS, Design, ImagicEdits, Method
 from edits import KINDS, Edit, Scores, draw_edits, psnr, score
 from kept import Kept, digest
 from tradeoff import Curve, area, gaps, interval
 
 import jaxsd
-from jaxsd import training
 from jaxsd.diffusion import jumps
-from jaxsd.editing import imagic
-from jaxsd.editing.editor import Editor
 from jaxsd.evaluation.report import format_table
-from jaxsd.pictures import to_model
-from jaxsd.pipeline import Pipeline
+from jaxsd.pictures import tile
 
 DOCS = Path(__file__).parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Design:
-    """Everything that decides the results."""
-
-    strengths: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    etas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
-    seeds: int = 2
-    """Of the sampler, for each edit; inversion has no noise to draw."""
-    steps: int = 20
-    inversion_steps: int = 50
-    sdedit_scale: float = 3.0
-    inversion_scale: float = 3.0
-    source_known: bool = False
-    """Invert with the caption of the picture instead of the empty prompt."""
-    imagic_scale: float = 3.0
-    batch_size: int = 4
-    embedding_steps: int = 60
-    embedding_rate: float = 1e-2
-    tuning_steps: int = 60
-    tuning_rate: float = 3e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +41,14 @@ class Options:
     design: Design = Design()
     only: tuple[str, ...] = ()
     """SDEdit, DDIM inversion, Imagic; by default all."""
+    model: str = "digits"
     split: str = "test"
     count: int = 100
-    """Pictures, each edited in three ways."""
+    """Pictures, each edited in three ways; fewer are the first of them."""
     results: Path = DOCS / "editing.json"
     image: Path = DOCS / "images" / "editing.png"
+    examples: Path | None = DOCS / "images" / "imagic.png"
+    """Some Imagic edits over eta, if they were drawn here."""
     cache: Path = Path(".cache/editing")
     minutes: float | None = None
     """Stop after so long; what is done is kept."""
@@ -85,80 +56,242 @@ class Options:
     """Also measure the rows that are not known yet."""
 
 
-# --- The methods -----------------------------------------------------------------------------
+# --- Measuring -------------------------------------------------------------------------------
 
 
-def sdedit(pipe: Pipeline, edits: Sequence[Edit], strength: float, seed: int, design: Design):
-    """uint8 [n, 32, 32, 3], as all methods."""
-    return pipe.decode_array(
-        pipe.sample(
-            [edit.prompt for edit in edits],
-            [edit.seed + 1_000_000 * seed for edit in edits],
-            image=[edit.picture for edit in edits],
-            strength=strength,
-            steps=design.steps,
-            guidance_scale=design.sdedit_scale,
-            sampler="ddim",
-        )
+class Measurement:
+    """The edits, and the rows that are known of them: one for each method and value of its knob."""
+
+    def __init__(self, options: Options):
+        self.options, self.design = options, options.design
+        self.edits = draw_edits(options.split, options.count)
+        self.pipe = jaxsd.load(options.model)
+        self.pipe.schedule = jumps.student_schedule(self.pipe.schedule)  # for all, as inversion's
+        self.weights = digest(self.pipe.params["unet"])
+        self._kept = Kept(options.results)
+        self._stop = np.inf if options.minutes is None else 60 * options.minutes
+        self._stop += time.monotonic()
+
+    def of(self, method: Method) -> str:
+        return f"weights {self.weights}, {method.settings(self.design)}"
+
+    def _name(self, method: Method, knob: float) -> str:
+        options = self.options
+        return f"{options.count} {options.split} scans, {method.name}, {method.knob} {knob:g}"
+
+    def get(self, method: Method, knob: float) -> dict[str, Any] | None:
+        return self._kept.get(self._name(method, knob), self.of(method))
+
+    def _put(self, method: Method, knob: float, drawn: np.ndarray, **more: Any) -> None:
+        """drawn: uint8 [seeds, n, 32, 32, 3]."""
+        figures = figures_of(self.edits, drawn) | more
+        self._kept.put(self._name(method, knob), self.of(method), figures)
+        print(self._name(method, knob), file=sys.stderr, flush=True)
+
+    def run(self) -> None:
+        """All rows that are chosen and not known yet."""
+        names = [method.name for method in METHODS]
+        if unknown := {*self.options.only} - {*names}:
+            sys.exit(f"--only {unknown.pop()}: there are {', '.join(names)}")
+        for method in METHODS:
+            knobs = [k for k in getattr(self.design, method.knobs) if self.get(method, k) is None]
+            if not knobs or (self.options.only and method.name not in self.options.only):
+                continue
+            if method is IMAGIC:
+                self._imagic()
+                continue
+            for knob in knobs:
+                self._check_time()
+                drawn = BASELINES[method.name](self.pipe, self.edits, knob, self.design)
+                self._put(method, knob, drawn)
+
+    def folder(self) -> Path:
+        """Of what was drawn of Imagic edits."""
+        design = f"{self.of(IMAGIC)}, etas {self.design.etas}, {self.options.split}"
+        return self.options.cache / hashlib.sha256(design.encode()).hexdigest()[:16]
+
+    def _imagic(self) -> None:
+        learn, made = ImagicEdits(self.pipe, self.design, self.folder()), []
+        for i, edit in enumerate(self.edits):
+            self._check_time()
+            made.append(learn(edit))
+            print(
+                f"\rImagic edit {i + 1} of {len(self.edits)}", end="", file=sys.stderr, flush=True
+            )
+        print(file=sys.stderr)
+        drawn = np.stack([one["pictures"] for one in made], 2)  # [etas, seeds, n, ...]
+        errors = np.stack([one["errors"] for one in made]).round(5).tolist()
+        for eta, pictures in zip(self.design.etas, drawn, strict=True):
+            self._put(IMAGIC, eta, pictures, **({"errors": errors} if eta == 0 else {}))
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._stop:
+            sys.exit("stopped: the same command goes on from here")
+
+
+def figures_of(edits: list[Edit], drawn: np.ndarray) -> dict[str, Any]:
+    """What is kept of a row, a word for each edit: means over the seeds of `Scores`, as text.
+
+    drawn: uint8 [seeds, n, 32, 32, 3]. psnr: to the input, in dB, the mean of all.
+    """
+    scored = [score(edits, pictures) for pictures in drawn]
+    means = [np.mean([getattr(one, name) for one in scored], axis=0) for name in Scores._fields]
+    texts = [" ".join(f"{value:.4g}" for value in mean) for mean in means]
+    given = np.stack([edit.picture for edit in edits])
+    decibel = float(np.mean([psnr(pictures, given) for pictures in drawn]))
+    return {**dict(zip(Scores._fields, texts, strict=True)), "psnr": round(decibel, 3)}
+
+
+def scores_of(figures: dict[str, Any]) -> Scores:
+    """Each [pictures, edits of one]."""
+    return Scores(
+        *(np.array(figures[n].split(), float).reshape(-1, len(KINDS)) for n in Scores._fields)
     )
 
 
-def inversion(pipe: Pipeline, edits: Sequence[Edit], share: float, seed: int, design: Design):
-    """The way to noise is without guidance, where it is straightest."""
-    count, steps = len(edits), design.inversion_steps
-    z = latents_of(pipe, edits)
-    nothing = pipe.encode([""] * count)
-    source = [edit.source_prompt for edit in edits]
-    told = pipe.encode(source) if design.source_known else nothing
-    rungs, climbed = jumps.reverse(jumps.ladder(pipe.schedule, steps)), round(share * steps)
-    for i in range(climbed):
-        here, there = (rungs.at(jnp.full(count, k)) for k in (i, i + 1))
-        said = pipe.predict(z, float(rungs.t[i]), told, None, 1.0)
-        z = jumps.jump(pipe.schedule.prediction_type, said, z, here, there)
-    back = pipe.denoise(
-        z,
-        pipe.encode([edit.prompt for edit in edits]),
-        nothing,
-        steps=steps,
-        guidance_scale=design.inversion_scale,
-        sampler="ddim",
-        denoising_start=1 - share,
+# --- Tables ----------------------------------------------------------------------------------
+
+Known = dict[Method, dict[float, dict[str, Any]]]
+
+COLUMNS = {
+    "right": ("all right", 3),
+    **{f"right_{kind}": (f"{kind} edits", 3) for kind in KINDS},
+    "changed": ("asked one right", 3),
+    "rmse": ("RMSE to input", 3),
+    "shape": ("shape, colour edits", 2),
+    "to_oracle": ("RMSE to oracle", 3),
+    "psnr": ("PSNR to input", 1),
+}
+
+
+def known_rows(measurement: Measurement) -> Known:
+    found: Known = {}
+    for method in METHODS:
+        knobs = getattr(measurement.design, method.knobs)
+        rows = {k: row for k in knobs if (row := measurement.get(method, k)) is not None}
+        if rows:
+            found[method] = rows
+    return found
+
+
+def curves_of(known: Known, distance: str = "rmse") -> dict[str, Curve]:
+    """By the names of methods. distance: a field of `Scores`."""
+    found = {}
+    for method, rows in known.items():
+        scored = [scores_of(row) for row in rows.values()]
+        right, far = (np.stack([getattr(s, name) for s in scored]) for name in ("right", distance))
+        found[method.name] = Curve(list(rows), right, far)
+    return found
+
+
+def summary(figures: dict[str, Any]) -> dict[str, float]:
+    """What a row of the table says."""
+    scores = scores_of(figures)
+    return {
+        "right": float(scores.right.mean()),
+        **{f"right_{k}": float(scores.right[:, i].mean()) for i, k in enumerate(KINDS)},
+        "changed": float(scores.changed.mean()),
+        "rmse": float(scores.rmse.mean()),
+        "shape": float(scores.shape[:, 1:].mean()),
+        "to_oracle": float(scores.to_oracle.mean()),
+        "psnr": figures["psnr"],
+    }
+
+
+def tables(known: Known, edits: list[Edit]) -> Iterator[str]:
+    """Markdown, one after the other, each under a line that says what it is."""
+    given, oracle = (np.stack([getattr(e, n) for e in edits]) for n in ("picture", "oracle"))
+    rows = {
+        "the picture itself": summary(figures_of(edits, given[None])),
+        "oracle": summary(figures_of(edits, oracle[None])),
+    }
+    rows |= {
+        f"{method.name}, {method.knob} {knob:g}": summary(row)
+        for method, found in known.items()
+        for knob, row in found.items()
+    }
+    yield f"every row\n\n{format_table(rows, COLUMNS)}"
+    curves = curves_of(known)
+    areas = {}
+    for name, curve in curves.items():
+        by_kind = [curve.only([i]) for i in range(len(KINDS))]
+        areas[name] = {
+            key: area(*part.points())
+            for key, part in zip(("all", *KINDS), (curve, *by_kind), strict=True)
+        }
+    heads = {key: (f"{key} edits", 3) for key in ("all", *KINDS)}
+    yield f"area under the curves, 0 to 1\n\n{format_table(areas, heads)}"
+    if IMAGIC in known:
+        if "errors" in known[IMAGIC].get(0.0, {}):
+            yield f"reconstruction\n\n{stages(np.array(known[IMAGIC][0.0]['errors']))}"
+        for other in curves.keys() - {IMAGIC.name}:
+            yield (
+                f"how much more often Imagic is right than {other} at the same distance\n\n"
+                + against(curves[IMAGIC.name], curves[other])
+            )
+
+
+def stages(errors: np.ndarray) -> str:
+    """errors: [edits, 3], before any training, after the first and after the second."""
+    before, first, second = errors.T
+    return (
+        f"error {before.mean():.4f} before, {first.mean():.4f} after the embedding, "
+        f"{second.mean():.4f} after tuning; it fell in {(first < before).mean():.1%} and in "
+        f"{(second < first).mean():.1%} of {len(errors)} edits"
     )
-    return pipe.decode_array(back)
 
 
-def latents_of(pipe: Pipeline, edits: Sequence[Edit]):
-    return pipe.encode_pictures(np.stack([to_model(edit.picture, 32, 32) for edit in edits]))
+def against(curve: Curve, other: Curve) -> str:
+    """A row for each kind of edits: the gap at each knob, with its 95 % interval over pictures."""
+    rows = {}
+    for name, at in {"all": range(len(KINDS)), **{k: [i] for i, k in enumerate(KINDS)}}.items():
+        one, two = curve.only(at), other.only(at)
+        low, high = interval(lambda of, a=one, b=two: gaps(a, b, of), one.right.shape[1])
+        middle = gaps(one, two)
+        rows[name] = [
+            f"{m:+.2f} [{lo:+.2f}, {hi:+.2f}]" for m, lo, hi in zip(middle, low, high, strict=True)
+        ]
+    heads = ["", *(f"eta {knob:g}" for knob in curve.knobs)]
+    lines = [heads, ["---"] * len(heads), *([name, *cells] for name, cells in rows.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """knobs, settings: names of fields of `Design`. draw: None for Imagic, which learns first."""
-
-    name: str
-    knob: str
-    knobs: str
-    settings: tuple[str, ...]
-    draw: Any = None
-    seeded: bool = True
-
-    def seeds(self, design: Design) -> range:
-        return range(design.seeds if self.seeded else 1)
-
-    def made_with(self, design: Design, weights: str) -> str:
-        told = {name: getattr(design, name) for name in self.settings}
-        told |= {"seeds": len(self.seeds(design))}
-        return ", ".join([f"weights {weights}", *(f"{k} {v}" for k, v in told.items())])
+# --- Pictures --------------------------------------------------------------------------------
 
 
-METHODS = (
-    Method("SDEdit", "strength", "strengths", ("steps", "sdedit_scale"), sdedit),
-    Method(
-        "DDIM inversion",
-        "share",
-        "shares",
-        ("inversion_steps", "inversion_scale", "source_known"),
-        inversion,
-        seeded=False,
-    ),
-)
+def draw_examples(measurement: Measurement, image: Path, pictures: int = 4) -> None:
+    """A row for each of the first edits: the input, then Imagic over eta, if that is here."""
+    from PIL import Image
+
+    rows, folder = [], measurement.folder()
+    for edit in measurement.edits[: len(KINDS) * pictures]:
+        file = folder / f"{edit.seed:04}-{edit.kind}.npz"
+        if not file.exists():
+            return
+        with np.load(file) as kept:
+            rows += [edit.picture, *kept["pictures"][:, 0]]
+    grid = Image.fromarray(tile(np.stack(rows), 1 + len(measurement.design.etas)))
+    image.parent.mkdir(parents=True, exist_ok=True)
+    grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(image)
+
+
+def main(options: Options) -> None:
+    measurement = Measurement(options)
+    if options.measure:
+        measurement.run()
+    known = known_rows(measurement)
+    print(f"{options.count} scans x {len(KINDS)} edits of {options.model}")
+    for method in known:
+        print(f"{method.name}: {measurement.of(method)}")
+    for table in tables(known, measurement.edits):
+        print(f"\n{table}")
+    if known:
+        oracle = np.stack([edit.oracle for edit in measurement.edits])
+        best = scores_of(figures_of(measurement.edits, oracle[None]))
+        editing_plot.draw(curves_of(known), best, options.image)
+    if options.examples is not None:
+        draw_examples(measurement, options.examples)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

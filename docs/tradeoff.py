@@ -32,9 +32,7 @@ class Curve:
         return Curve(self.knobs, self.right[:, :, at], self.distance[:, :, at])
 
 
-def envelope(
-    distance: np.ndarray, right: np.ndarray, at: float | np.ndarray
-) -> np.ndarray:
+def envelope(distance: np.ndarray, right: np.ndarray, at: float | np.ndarray) -> np.ndarray:
     """The best that points reach without going further than `at`.
 
     Between two neighbours a method can be mixed, edit by edit, hence the line between them; beyond

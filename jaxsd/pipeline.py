@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jaxsd import pictures, tasks
-from jaxsd.components import Parts, load_component, load_parts, make_index, save_parts
+from jaxsd.components import Component, Parts, load_component, load_parts, make_index, save_parts
 from jaxsd.conditioning import Sizes
 from jaxsd.denoising import NO_UNCOND
 from jaxsd.errors import JaxsdError
@@ -260,11 +260,16 @@ def load(
     parts = load_parts(model, dtype, variant, **options)
     folders = [find(name, variant) for name in controlnets]
     nets = [load_component(folder, dtype, variant, kind="controlnet") for folder in folders]
+    return of_parts(parts, nets)
+
+
+def of_parts(parts: Parts, controlnets: Sequence[Component] = ()) -> Pipeline:
+    """The pipeline of a model that was read."""
     everything: dict[str, Any] = {**parts.components, **parts.tokenizers}
     xl = str(parts.index.get("_class_name")).startswith("StableDiffusionXL")
     return Pipeline(
         schedule=parts.schedule,
-        controlnets=nets,
+        controlnets=controlnets,
         zero_empty_prompt=bool(parts.index.get("force_zeros_for_empty_prompt", xl)),
         **everything,
     )

@@ -1,10 +1,12 @@
 """Objectives small enough to compile in seconds, and batches for them."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from jaxsd.components import Component
 from jaxsd.diffusion.schedule import Schedule
@@ -23,6 +25,7 @@ from jaxsd.objectives.clip import CLIP
 from jaxsd.objectives.ddpm import DDPM
 from jaxsd.objectives.text_to_image import TextToImage
 from jaxsd.objectives.vae import VAE
+from jaxsd.pictures import to_uint8
 from jaxsd.tokenizer import Tokenizer, train_tokenizer
 from jaxsd.towers import Towers
 
@@ -157,3 +160,17 @@ def text_to_image(words: Tokenizer, xl: bool = False, **kwargs) -> TextToImage:
 
 def captioned_batch(words: Tokenizer) -> dict[str, np.ndarray]:
     return {"image": pictures(4), "input_ids": words(CAPTIONS, TEXT.max_position_embeddings)}
+
+
+def save_model(folder: Path, words: Tokenizer) -> Path:
+    """A diffusers folder of a latent model with random weights, which draws 8x8 pictures."""
+    objective = text_to_image(words)
+    objective.export(parameters(objective.net), folder)
+    return folder
+
+
+def save_pictures(folder: Path, count: int = 3) -> Path:
+    """PNG files without captions."""
+    for i, picture in enumerate(pictures(count)):
+        Image.fromarray(to_uint8(picture)).save(folder / f"{i}.png")
+    return folder

@@ -11,10 +11,13 @@ from jaxsd.cli.recipes.clip import CLIP
 from jaxsd.cli.recipes.common import Common, MakeBatches
 from jaxsd.cli.recipes.consistency import Consistency
 from jaxsd.cli.recipes.ddpm import DDPM
+from jaxsd.cli.recipes.dreambooth import DreamBooth
 from jaxsd.cli.recipes.encode import Encode
 from jaxsd.cli.recipes.guided import Guided
+from jaxsd.cli.recipes.lora import LoRA
 from jaxsd.cli.recipes.progressive import Progressive
 from jaxsd.cli.recipes.text_to_image import TextToImage
+from jaxsd.cli.recipes.textual_inversion import TextualInversion
 from jaxsd.cli.recipes.vae import VAE
 from jaxsd.cli.together import NAMES
 
@@ -26,6 +29,9 @@ Recipe = (
     | Annotated[Progressive, tyro.conf.subcommand("progressive", prefix_name=False)]
     | Annotated[Guided, tyro.conf.subcommand("guided", prefix_name=False)]
     | Annotated[Consistency, tyro.conf.subcommand("consistency", prefix_name=False)]
+    | Annotated[LoRA, tyro.conf.subcommand("lora", prefix_name=False)]
+    | Annotated[DreamBooth, tyro.conf.subcommand("dreambooth", prefix_name=False)]
+    | Annotated[TextualInversion, tyro.conf.subcommand("textual-inversion", prefix_name=False)]
     | Annotated[Encode, tyro.conf.subcommand("encode", prefix_name=False)]
 )
 
@@ -61,6 +67,7 @@ def _train(recipe: Common, one_of_several: bool) -> None:
     training.check_workdir(recipe.workdir, config, recipe)  # building writes into it
     index = recipe.workdir / "model" / "model_index.json"  # the last thing that a training writes
     if not (one_of_several and processes.first(index.is_file)):
+        recipe.prepare()
         objective, make_batches = _build(recipe)
         told = recipe.evaluators(objective)
         training.train(objective, make_batches, recipe, recipe.workdir, config, evaluators=told)

@@ -26,7 +26,8 @@ class PictureOptions:
     square, or of the square that no shape is larger than with `buckets`, whose sides are multiples
     of `multiple` and which are up to `max_ratio` times as long as wide. min_size: pixels that a
     picture's shorter side must have; half the resolution if it is None. crop, flip: as for
-    `images.make_image`. workdir: where sizes are remembered and what is skipped is named.
+    `images.make_image`. workdir: where sizes are remembered and what is skipped is named. captions:
+    one of these is drawn for each example in place of the picture's own.
     """
 
     data: str
@@ -41,6 +42,7 @@ class PictureOptions:
     split: str = "train"
     holdout: float = 0.0
     workdir: Path | None = None
+    captions: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> list[Shape]:
@@ -97,7 +99,9 @@ class Pictures:
             except JaxsdError as error:
                 failed.append(f"{one_line(self.source.name(picture))}\t{one_line(str(error))}")
                 continue
-            return {**made, "caption": found["caption"], "replaced": "\n".join(failed)}
+            given = self.options.captions
+            caption = given[rng.integers(len(given))] if given else found["caption"]
+            return {**made, "caption": caption, "replaced": "\n".join(failed)}
         raise JaxsdError(
             f"none of the {len(failed)} pictures of shape {self.shapes[bucket]} that were tried "
             f"can be decoded: {one_line(failed[0])}"

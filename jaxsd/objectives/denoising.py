@@ -102,17 +102,31 @@ def denoising_loss(
     key: jax.Array,
     options: Denoising,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean over a batch of the weighted error of the prediction of z_t = alpha x0 + sigma eps.
+    """The mean over a batch of `denoising_errors`, and what that has for the log."""
+    errors, logged = denoising_errors(net, params, schedule, x0, conditioning, key, options)
+    return errors.mean(), logged
+
+
+def denoising_errors(
+    net: Net,
+    params: Params,
+    schedule: Schedule,
+    x0: Float[Array, "b h w c"],
+    conditioning: dict[str, Any],
+    key: jax.Array,
+    options: Denoising,
+) -> tuple[Float[Array, " b"], dict[str, jax.Array]]:
+    """The weighted error of the prediction of z_t = alpha x0 + sigma eps, for each of a batch.
 
     t, eps and dropout are drawn from `key`; `conditioning` is what else the network is told. The
-    loss comes with its mean in each quarter of time, "loss_t0" (clean) to "loss_t3" (noise).
+    errors come with their mean in each quarter of time, "loss_t0" (clean) to "loss_t3" (noise).
     """
     key_t, key_eps, key_dropout = jax.random.split(key, 3)
     t = schedule.random_times(key_t, len(x0), options.time == "continuous")
     eps = _noise(key_eps, x0.shape, options)
     error = _error(net, params, schedule, x0, eps, t, conditioning, options, key_dropout)
     first, length = _times(schedule, options)
-    return error.mean(), by_quarter(error, (t - first) / length)
+    return error, by_quarter(error, (t - first) / length)
 
 
 def by_quarter(error: Float[Array, " b"], share: Float[Array, " b"]) -> dict[str, jax.Array]:

@@ -76,7 +76,7 @@ class LowRank:
     inner: any objective, with what else it offers (`loss_by_bucket`, `pipeline`). base: all of its
     parameters, as its `init` gives them. targets: see `targeted`.
     component: what LoRA files call parameters that do not stand behind the name of a text encoder.
-    initial: factors to start from. dtype: in which networks compute.
+    initial: factors to start from. dtype: in which networks compute. form: of `lora_files.save`.
 
     The parameters are the factors alone: down, "NAME.lora_A.weight" [r, in] or [r, in, kh, kw], and
     up, "NAME.lora_B.weight" [out, r] or [out, r, 1, 1]. At first down is as PEFT and the authors'
@@ -95,6 +95,7 @@ class LowRank:
     component: str = "unet"
     initial: Params | None = None
     dtype: str = "float32"
+    form: str = "peft"
 
     def __post_init__(self):
         if self.rank < 1:
@@ -102,6 +103,7 @@ class LowRank:
         if not 0 < self.alpha < math.inf:
             raise JaxsdError(f"lora_alpha must be above 0, not {self.alpha}")
         self.changed = targeted(self.targets, self.base)
+        lora_files.check_form(self.form, {self._place(name)[0] for name in self.changed})
         stay = self.base.keys() - set(self.changed)
         with on_host():
             base = {n: self._computed_in(v) if n in stay else v for n, v in self.base.items()}
@@ -173,7 +175,7 @@ class LowRank:
         return self.inner.preview(self.whole(params))
 
     def export(self, params: Params, folder: str | Path) -> None:
-        lora_files.save(self.lora(params), Path(folder) / lora_files.DIFFUSERS_FILE)
+        lora_files.save(self.lora(params), Path(folder) / lora_files.DIFFUSERS_FILE, self.form)
         self.inner.export(self.whole(params), folder)  # which says at its end that all is there
 
     def lora(self, params: Params) -> LoRA:
@@ -181,11 +183,15 @@ class LowRank:
         layers: dict[str, dict[str, Layer]] = {}
         for name in self.changed:
             down, up = (np.asarray(params[factor]) for factor in factor_names(name))
-            head, _, rest = name.partition(".")
-            component, own = (head, rest) if head in COMPONENTS else (self.component, name)
+            component, own = self._place(name)
             layer = Layer(down, up.reshape(up.shape[:2]), float(self.alpha))
             layers.setdefault(component, {})[own] = layer
         return LoRA(layers)
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """The component of a parameter, and its name there."""
+        head, _, rest = name.partition(".")
+        return (head, rest) if head in COMPONENTS else (self.component, name)
 
 
 def factor_names(name: str) -> tuple[str, str]:

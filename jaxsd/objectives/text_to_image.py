@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxsd.components import Component
 from jaxsd.conditioning import Sizes
@@ -19,7 +20,7 @@ from jaxsd.objectives import Batch, Now
 from jaxsd.objectives.denoising import (
     Denoising,
     Example,
-    denoising_loss,
+    denoising_errors,
     loss_by_bucket,
     preview,
     with_dropout,
@@ -110,10 +111,17 @@ class TextToImage:
         return Example(latents, cond, uncond)
 
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        errors, logged = self.errors(params, aux, batch, now)
+        return errors.mean(), logged
+
+    def errors(
+        self, params: Params, aux: Any, batch: Batch, now: Now
+    ) -> tuple[Float[Array, " b"], dict[str, jax.Array]]:
+        """The loss of each example, and `denoising_errors`' share of the log."""
         key_latent, key_caption, key = jax.random.split(now.key, 3)
         example = self.example(params, aux, batch, key_latent)
         told = with_dropout(example, self.caption_dropout, key_caption)
-        return denoising_loss(
+        return denoising_errors(
             self.net, params, self.schedule, example.x0, told, key, self.denoising
         )
 

@@ -164,4 +164,6 @@ REPORTING = {
     # of the recipes (cli/recipes/evaluation.py)
     *("eval_every", "eval_data", "eval_count", "eval_samples", "eval_steps", "eval_guidance_scale"),
     *("eval_batch_size", "eval_statistics", "inception", "clip_score"),
+    # and of those that teach (cli/recipes/teaching.py)
+    *("preview_prompts", "class_batch_size"),
 }

@@ -6,9 +6,10 @@ tokenizer, params = embeddings.add(cat, tokenizer, params)   # for each text tow
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,9 +34,13 @@ class Embedding:
     vectors: dict[str, np.ndarray]  # "text_encoder", "text_encoder_2" -> [n, d]
 
     def tokens(self, component: str) -> list[str]:
-        """The token of each vector, as diffusers names them: <cat>, <cat>_1, <cat>_2, ..."""
-        count = len(self.vectors[component])
-        return [self.token, *(f"{self.token}_{i}" for i in range(1, count))]
+        """The token of each vector: `token_names`."""
+        return token_names(self.token, len(self.vectors[component]))
+
+
+def token_names(token: str, count: int) -> list[str]:
+    """The tokens of a word of `count` vectors, as diffusers has them: <cat>, <cat>_1, <cat>_2."""
+    return [token, *(f"{token}_{i}" for i in range(1, count))]
 
 
 @runtime_checkable
@@ -64,8 +69,7 @@ def add(
             f"{' and '.join(embedding.vectors)}"
         )
     vectors = embedding.vectors[component]
-    name = next(name for name in params if name.endswith(TABLE))
-    table = params[name]
+    table = params[table_name(params)]
     if vectors.shape[1] != table.shape[1]:
         has, wants = (
             f"{width} channels ({names.WIDTHS.get(width, 'of no Stable Diffusion')})"
@@ -77,9 +81,20 @@ def add(
             f"the tokenizer has {len(tokenizer)} tokens, the text tower {len(table)}: they do not "
             "belong together"
         )
-    rows = [table[: len(tokenizer)], jnp.asarray(vectors, table.dtype)]
     known = tokenizer.with_tokens(embedding.tokens(component))
-    return known, params | {name: jnp.concatenate(rows)}
+    return known, with_rows(params, len(tokenizer), jnp.asarray(vectors))
+
+
+def table_name(params: Mapping[str, Any]) -> str:
+    """What a text tower's table of token embeddings is called."""
+    return next(name for name in params if name.endswith(TABLE))
+
+
+def with_rows(params: Params, count: int, rows: jax.Array) -> Params:
+    """A text tower's weights with `rows` [n, d] behind the first `count` of its table."""
+    name = table_name(params)
+    table = params[name][:count]
+    return params | {name: jnp.concatenate([table, rows.astype(table.dtype)])}
 
 
 # --- Files -----------------------------------------------------------------------------------
@@ -121,7 +136,8 @@ def _file(path: AnyPath) -> AnyPath:
         if not path.is_dir():
             return path
         held = [name for name in FILES if (path / name).is_file()]
-    if not held:
+        held = held or sorted(p.name for p in path.iterdir() if p.suffix == ".safetensors")
+    if not held or (held[0] not in FILES and len(held) > 1):
         raise JaxsdError(f"{path} holds neither {' nor '.join(FILES)}: name the file")
     return path / held[0]
 

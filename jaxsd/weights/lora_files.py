@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -252,11 +252,8 @@ def save(lora: LoRA, path: str | os.PathLike, form: str = "peft", dtype: Any = N
     most other programs take the rank for alpha; or "kohya", which all of them read, and where alpha
     is a number of its own. dtype: of the factors, as in `weights.save`; alphas stay float32.
     """
-    if form not in ("peft", "kohya"):
-        raise JaxsdError(f"unknown form of LoRA {form!r}; there are peft and kohya")
+    check_form(form, lora.layers)
     prefixes = names.kohya_prefixes(lora.layers)
-    if form == "kohya" and (strange := lora.layers.keys() - prefixes.keys()):
-        raise JaxsdError(f"kohya has no names for {listing(sorted(strange))}: save it as peft")
     factors, alphas, metadata = {}, {}, {}
     for component, layers in lora.layers.items():
         for name, layer in layers.items():
@@ -272,6 +269,15 @@ def save(lora: LoRA, path: str | os.PathLike, form: str = "peft", dtype: Any = N
     params = {name: jnp.asarray(value, wanted) for name, value in factors.items()} | alphas
     told = {METADATA: json.dumps(metadata)} if form == "peft" else {}
     return tensors.save(params, path, DIFFUSERS_FILE, metadata=told)
+
+
+def check_form(form: str, components: Collection[str]) -> None:
+    """JaxsdError if a LoRA that changes these components cannot be saved in this form."""
+    if form not in ("peft", "kohya"):
+        raise JaxsdError(f"unknown form of LoRA {form!r}; there are peft and kohya")
+    known = names.kohya_prefixes(dict.fromkeys(components, ()))
+    if form == "kohya" and (strange := {*components} - known.keys()):
+        raise JaxsdError(f"kohya has no names for {listing(sorted(strange))}: save it as peft")
 
 
 def _config(layers: Mapping[str, Layer]) -> dict[str, Any]:

@@ -42,6 +42,9 @@ class Common(Together, Options):
         """The objective, and its batches as a function (start, stop)."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Makes what is needed and not there yet, on the devices: `build` keeps to the host."""
+
     def stages(self) -> "list[Common]":
         """The trainings that this one stands for, one after the other; by default itself."""
         return [self]
@@ -59,11 +62,9 @@ class Common(Together, Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Denoised(Common):
-    """Options of the recipes that train a network to denoise."""
+class Weighted(Common):
+    """Options of the recipes whose loss is that of a network that denoises."""
 
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
-    """What the network predicts; by default as the family says."""
     time: Annotated[str, one_of("continuous", "discrete")] = "discrete"
     """Whether training times are drawn from an interval or from whole steps."""
     weighting: Annotated[str, one_of(*WEIGHTINGS)] = "none"
@@ -73,8 +74,6 @@ class Denoised(Common):
     """Of min-snr."""
     offset_noise: float = 0.0
     """Deviation of noise that shifts a whole channel, for very dark and bright pictures: 0.1."""
-    zero_terminal_snr: bool = False
-    """Shift the schedule so that it ends in noise alone. Not for networks that predict noise."""
 
     def denoising(self) -> Any:
         from jaxsd.objectives.denoising import Denoising
@@ -82,6 +81,16 @@ class Denoised(Common):
         return Denoising(
             self.time, self.weighting, self.snr_gamma, self.offset_noise, dtype=self.dtype
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoised(Weighted):
+    """Options of the recipes that train a network to denoise, by a schedule of their choice."""
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
+    """What the network predicts; by default as the family says."""
+    zero_terminal_snr: bool = False
+    """Shift the schedule so that it ends in noise alone. Not for networks that predict noise."""
 
     def scheduled(self, schedule: Any) -> Any:
         """The family's noise schedule, as these options change it."""

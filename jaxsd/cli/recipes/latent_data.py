@@ -24,8 +24,8 @@ class LatentData(PictureData, Common):
         from jaxsd.towers import Towers
 
         towers = Towers(parts.components, parts.tokenizers)
-        cached = latents.is_cache(self.data)
-        prompts, make_batches = (self._latents if cached else self._pictures)(towers)
+        cached, own = latents.is_cache(self.data), self.sized(unet, towers)
+        prompts, make_batches = (own._latents if cached else own._pictures)(towers)
         objective = TextToImage(
             unet,
             schedule,

@@ -69,3 +69,12 @@ class ModelOptions:
         if latent and "vae" not in found:
             raise JaxsdError(f"{self.model} is no latent model: it has no VAE")
         return dataclasses.replace(parts, components=found, tokenizers=words)
+
+
+def check_undistilled(unet: Any) -> None:
+    """JaxsdError for the config of a UNet that is told the guidance scale."""
+    if getattr(unet, "time_cond_proj_dim", None) is not None:
+        raise JaxsdError(
+            "this UNet was distilled with its guidance (LCM), which a plain denoising loss would "
+            "undo: take the model that it came from"
+        )

@@ -6,14 +6,13 @@ from typing import Any
 from jaxsd.cli.recipes.common import Denoised, MakeBatches, remembering, share
 from jaxsd.cli.recipes.evaluation import DenoisingEvaluation
 from jaxsd.cli.recipes.latent_data import LatentData
-from jaxsd.cli.recipes.low_rank import LoRAOptions
-from jaxsd.cli.recipes.models import ModelOptions
+from jaxsd.cli.recipes.low_rank import TextOptions
+from jaxsd.cli.recipes.models import ModelOptions, check_undistilled
 from jaxsd.diffusion.schedulers import SCHEDULER_CLASSES
-from jaxsd.errors import JaxsdError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextToImage(Denoised, LoRAOptions, LatentData, DenoisingEvaluation, ModelOptions):
+class TextToImage(Denoised, TextOptions, LatentData, DenoisingEvaluation, ModelOptions):
     """The UNet of a latent model: from noise, or fine-tuned from a model of any kind."""
 
     data: str = "digits"
@@ -24,9 +23,6 @@ class TextToImage(Denoised, LoRAOptions, LatentData, DenoisingEvaluation, ModelO
     what it holds: sd2 or sd2-v."""
     caption_dropout: float = 0.1
     """The share of examples whose caption is left out, for guidance."""
-    train_text_encoder: bool = False
-    """Also train the text encoders, from pictures; their learning rate is a matter of
-    --rate-factors 'text_encoder*=0.1', say."""
 
     def build(self) -> tuple[object, MakeBatches]:
         from jaxsd.families import get_family
@@ -35,16 +31,12 @@ class TextToImage(Denoised, LoRAOptions, LatentData, DenoisingEvaluation, ModelO
         parts = self.load(self.family, FOLDERS)
         unet = parts.components.get("unet")
         config: Any = unet.net.config if unet else get_family(self.family or "digits").unet
-        if getattr(config, "time_cond_proj_dim", None) is not None:
-            raise JaxsdError(
-                "this UNet was distilled with its guidance (LCM), which a plain denoising loss "
-                "would undo: fine-tune the model it came from"
-            )
+        check_undistilled(config)
         objective, make_batches = self.text_to_image(
             parts,
             config,
             self.scheduled(parts.schedule),
-            train_text=self.train_text_encoder,
+            train_text=self.trains_text,
             denoising=self.denoising(),
             caption_dropout=share("caption_dropout", self.caption_dropout),
             initial=unet.params if unet else None,
@@ -57,7 +49,8 @@ class TextToImage(Denoised, LoRAOptions, LatentData, DenoisingEvaluation, ModelO
         # Held out are pictures, whatever is trained on
         plain = self.plain(objective)
         of_pictures = self.maybe_low_rank(dataclasses.replace(plain, cached=False))
-        return self.denoising_evaluators(of_pictures, remembering(plain.towers.tokenize))
+        own = self.sized(plain.unet, plain.towers)
+        return own.denoising_evaluators(of_pictures, remembering(plain.towers.tokenize))
 
     def scheduled(self, schedule: Any) -> Any:
         """The schedule as the options change it, of a class that has a word for all of it."""

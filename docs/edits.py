@@ -63,10 +63,11 @@ def describe(attributes: Attributes) -> str:
     """The caption that names everything: "a red seven on a white background"."""
     digit, stroke, background = attributes
     assert digit is not None and stroke is not None and background is not None
-    return f"{_a(stroke)} {digits.DIGIT_WORDS[digit]} on {_a(background)} background"
+    return f"{a(stroke)} {digits.DIGIT_WORDS[digit]} on {a(background)} background"
 
 
-def _a(word: str) -> str:
+def a(word: str) -> str:
+    """The word with its article."""
     return f"an {word}" if word == "orange" else f"a {word}"
 
 

@@ -1,7 +1,7 @@
-"""Teaches `digits` a letter from a few pictures, each way there is, and measures what came of it.
+"""Teaches `digits` a letter from a few pictures, each way there is, and measures what it did.
 
-`python docs/teaching.py` trains in runs/teaching and keeps each row in docs/teaching.json as soon as
-it is measured, so that it goes on where it was stopped; `--minutes 5` stops it between two rows.
+`python docs/teaching.py` trains in runs/teaching and keeps each row in docs/teaching.json as soon
+as it is measured, so that it goes on where it was stopped; `--minutes 5` stops between two rows.
 `--only lora` chooses ways; `--no-measure` prints what is known. The letter and its pictures are
 made by `letters.py`; who recognises it, `recognition.py`.
 

@@ -19,6 +19,7 @@ from jaxsd import pictures, tasks
 from jaxsd.components import Component, Parts, load_component, load_parts, make_index, save_parts
 from jaxsd.conditioning import Sizes
 from jaxsd.denoising import NO_UNCOND
+from jaxsd.diffusion.denoise import Conditioning
 from jaxsd.errors import JaxsdError
 from jaxsd.families import size_unit
 from jaxsd.hub import find
@@ -78,6 +79,7 @@ class Pipeline(Networks):
         guidance_scale: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
+        cond: Conditioning | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
         guidance_rescale: float = 0.0,
@@ -103,6 +105,8 @@ class Pipeline(Networks):
         the names of its classes ("7" or "seven"). chunks: how many times the text tower's length is
         read of each prompt; what is longer is cut with a warning. None: as often as the longest
         prompt of the call needs. steps: by default 30, or what a student is made for.
+        cond: what the UNet is told in place of the prompts, such as `encode` gives: one row for all
+        images, or one for each.
         guidance_scale: one, or one for each image; 1 follows the prompt as trained (at half the
         cost), more follows it harder; by default 7.5, or what a student is made for.
 
@@ -136,11 +140,17 @@ class Pipeline(Networks):
         if self.guidance_embedded and any(negative):
             raise JaxsdError(NO_UNCOND)
         chunks = self.chunks([*texts, *negative]) if chunks is None else chunks
+        # Its text is read to the last layer, as in diffusers
+        uncond = self.encode(negative, 0, chunks, self.size_ids(size, sizes, negative=True))
+        size_ids = self.size_ids(size, sizes)
+        if cond is None:
+            cond = self.encode(texts, clip_skip, chunks, size_ids)
+        else:
+            cond = _rows_like(uncond, cond, size_ids)
         plan = tasks.plan(
             self,
-            self.encode(texts, clip_skip, chunks, self.size_ids(size, sizes)),
-            # Its text is read to the last layer, as in diffusers
-            self.encode(negative, 0, chunks, self.size_ids(size, sizes, negative=True)),
+            cond,
+            uncond,
             dataclasses.replace(given, noise=noise),
             count,
             size,
@@ -231,6 +241,22 @@ class Lending:
         finally:
             without = {n: dataclasses.replace(part, params={}) for n, part in parts.items()}
             pipe.components.update(without)
+
+
+def _rows_like(
+    uncond: Conditioning, cond: Conditioning, size_ids: Sequence[float] | None
+) -> Conditioning:
+    """What a caller has the UNet told, a row for each image, with the picture's own sizes."""
+    if size_ids is not None:
+        cond = cond | {"time_ids": jnp.asarray([size_ids], jnp.float32)}
+    found = {name: list(value.shape) for name, value in cond.items()}
+    wanted = {name: list(value.shape) for name, value in uncond.items()}
+    if found.keys() != wanted.keys() or any(
+        shape[0] not in (1, wanted[n][0]) or shape[1:] != wanted[n][1:]
+        for n, shape in found.items()
+    ):
+        raise JaxsdError(f"cond is {found}, and must be {wanted}, or one row of it")
+    return {name: jnp.broadcast_to(value, wanted[name]) for name, value in cond.items()}
 
 
 def _one_each(text: str | Sequence[str] | None, count: int, name: str) -> list[Any]:

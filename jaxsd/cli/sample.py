@@ -23,10 +23,12 @@ class Options(Together):
 
     prompts: tyro.conf.Positional[tuple[str, ...]]
     """What to draw, one or several; (word:1.3) weighs a word. A pixel model takes the names of its
-    classes (7, seven)."""
+    classes (7, seven), an edit its own prompt where none is given."""
     model: str = "digits"
     """A model that ships (digits, digits-ddpm), a diffusers folder, a single file (.safetensors,
-    .ckpt), or a Hub id."""
+    .ckpt), a Hub id, or the edit that `train.py imagic` made."""
+    imagic_eta: float | None = None
+    """Of an edit: from the picture (0) to the prompt (1), or past it; by default .7."""
     negative_prompt: str | None = None
     """What to stay away from."""
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
@@ -124,8 +126,8 @@ def run(options: Options) -> list[Path]:
 
     _check(options)
     options.meet()
-    pipe, refiner = _load(options)
-    options = _with_defaults(options, pipe)
+    pipe, edited, refiner = _load(options)
+    options = _with_defaults(options, pipe, edited)
     if not options.prompts and pipe.takes_prompts:
         raise JaxsdError('give at least one prompt, such as "a red seven on a white background"')
     prompts = options.prompts or ("",)
@@ -150,6 +152,7 @@ def run(options: Options) -> list[Path]:
         pictures = pipe(
             [job.prompt for job in full],
             [job.seed for job in full],
+            cond=edited and edited.told([job.prompt for job in full], options.imagic_eta),
             callback=look if preview else None,
             refiner=refiner,
             refiner_start=options.refiner_start,
@@ -174,18 +177,35 @@ def run(options: Options) -> list[Path]:
     return paths
 
 
-def _load(options: Options) -> tuple[Any, Any]:
-    """The pipeline and, if one is asked for, the refiner."""
+def _load(options: Options) -> tuple[Any, Any, Any]:
+    """The pipeline, the edit if it is one's and, if one is asked for, the refiner."""
     import jax.numpy as jnp
 
     from jaxsd import pipeline
+    from jaxsd.weights import edits
 
     shared = dict(
         dtype=getattr(jnp, options.dtype), variant=options.variant, tokenizer=options.tokenizer
     )
     names = ("family", "config", "use_ema")
     own = {name: getattr(options, name) for name in names if getattr(options, name)}
-    pipe = pipeline.load(options.model, controlnets=options.controlnet, **shared, **own)
+    edited = None
+    if edits.find(options.model) is not None:
+        from jaxsd.editing.imagic import load_edit
+
+        set_there = ("variant", "family", "config", "tokenizer", "use_ema", "clip_skip")
+        if given := [n for n in (*set_there, "long_prompts") if getattr(options, n)]:
+            raise JaxsdError(f"the edit says which model it is of, and how prompts are read: leave "
+                             f"out {', '.join(given)}")  # fmt: skip
+        edited = load_edit(options.model, shared["dtype"], controlnets=options.controlnet)
+    elif options.imagic_eta is not None:
+        raise JaxsdError(
+            f"imagic_eta is for what `train.py imagic` made: {options.model} is no edit"
+        )
+    if edited is not None:
+        pipe = edited.pipe
+    else:
+        pipe = pipeline.load(options.model, controlnets=options.controlnet, **shared, **own)
     for text in options.lora:
         name, scale = _split(text, float, 1.0)
         pipe.add_lora(name, scale)
@@ -201,16 +221,27 @@ def _load(options: Options) -> tuple[Any, Any]:
     for each in filter(None, (pipe, refiner)):
         each.schedule = dataclasses.replace(each.schedule, **changes)
         each.vae_tile = options.vae_tile
-    return pipe, refiner
+    return pipe, edited, refiner
 
 
-def _with_defaults(options: Options, pipe: Any) -> Options:
+def _with_defaults(options: Options, pipe: Any, edited: Any) -> Options:
     """The options, with the model's own where they say nothing, and a scale that it was taught.
 
     Here, so that the pictures' notes name them, and a warning comes once and not once a batch.
     """
     import numpy as np
 
+    if edited is not None:
+        from jaxsd.editing.imagic import ETA
+
+        height, width = edited.edit.size
+        options = dataclasses.replace(
+            options,
+            prompts=options.prompts or (edited.edit.prompt,),
+            imagic_eta=ETA if options.imagic_eta is None else options.imagic_eta,
+            height=options.height or height,
+            width=options.width or width,
+        )
     steps, scale = options.steps, options.guidance_scale
     scale = np.asarray(pipe.default_guidance_scale if scale is None else scale)
     return dataclasses.replace(

@@ -14,6 +14,7 @@ from jaxsd.cli.recipes.ddpm import DDPM
 from jaxsd.cli.recipes.dreambooth import DreamBooth
 from jaxsd.cli.recipes.encode import Encode
 from jaxsd.cli.recipes.guided import Guided
+from jaxsd.cli.recipes.imagic import Imagic
 from jaxsd.cli.recipes.lora import LoRA
 from jaxsd.cli.recipes.progressive import Progressive
 from jaxsd.cli.recipes.text_to_image import TextToImage
@@ -32,6 +33,7 @@ Recipe = (
     | Annotated[LoRA, tyro.conf.subcommand("lora", prefix_name=False)]
     | Annotated[DreamBooth, tyro.conf.subcommand("dreambooth", prefix_name=False)]
     | Annotated[TextualInversion, tyro.conf.subcommand("textual-inversion", prefix_name=False)]
+    | Annotated[Imagic, tyro.conf.subcommand("imagic", prefix_name=False)]
     | Annotated[Encode, tyro.conf.subcommand("encode", prefix_name=False)]
 )
 
@@ -48,6 +50,7 @@ def run(recipe: Common) -> None:
         return
     for stage in stages:
         _train(stage, one_of_several=len(stages) > 1)
+    recipe.finish()
 
 
 def _config(recipe: Common) -> dict[str, Any]:
@@ -65,8 +68,8 @@ def _train(recipe: Common, one_of_several: bool) -> None:
 
     config = _config(recipe)
     training.check_workdir(recipe.workdir, config, recipe)  # building writes into it
-    index = recipe.workdir / "model" / "model_index.json"  # the last thing that a training writes
-    if not (one_of_several and processes.first(index.is_file)):
+    last = recipe.workdir / "model" / recipe.made
+    if not (one_of_several and processes.first(last.is_file)):
         recipe.prepare()
         objective, make_batches = _build(recipe)
         told = recipe.evaluators(objective)

@@ -62,7 +62,7 @@ class TextToImage:
     def __post_init__(self):
         self.net = Net(UNet(self.unet))
         self._lent = Lending(self.pipeline)
-        _check(self.unet, self.towers)
+        check_trainable(self.unet, self.towers)
         if self.cached and self.train_text:
             raise JaxsdError("text encoders are trained from pictures: no gradient leads through a "
                              "cache of what they said")  # fmt: skip
@@ -176,7 +176,7 @@ class TextToImage:
         self.pipeline(params).save(folder)
 
 
-def _check(unet: UNetConfig | UNet2DConfig, towers: Towers) -> None:
+def check_trainable(unet: UNetConfig | UNet2DConfig, towers: Towers) -> None:
     """Refuses with a JaxsdError what would need other batches or another loss."""
     channels = towers.nets["vae"].config.latent_channels
     if isinstance(unet, UNet2DConfig) or not unet.text_conditional:

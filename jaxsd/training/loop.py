@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +14,17 @@ from jaxsd import processes, sharding
 from jaxsd.checkpoints import Checkpoints, Keep
 from jaxsd.nn import Params
 from jaxsd.objectives import Now, Objective
-from jaxsd.training.evaluators import Evaluator, Results, check_metric, due, measure
+from jaxsd.training.evaluators import (
+    Evaluator,
+    Goal,
+    Results,
+    check_metrics,
+    due,
+    measure,
+    parse_goal,
+)
 from jaxsd.training.faults import Signals, Watch
-from jaxsd.training.logs import Log, open_log
+from jaxsd.training.logs import Tracker, open_log
 from jaxsd.training.optimizers import make_optimizer
 from jaxsd.training.options import Options
 from jaxsd.training.placement import compile_step, make_mesh, place_state
@@ -37,6 +45,9 @@ def train(
 ) -> TrainState:
     """Trains to `options.steps`, from the newest checkpoint in `workdir` if there is one.
 
+    Or as far as it takes to reach `options.stop_when`. That is measured of the state alone, again
+    where a training is resumed, so that one that was killed ends at the same step.
+
     make_batches(start, stop) yields batches number start ... stop - 1. `config` is what decides
     the result; it is written to `workdir/config.json`, and a workdir with another one is refused.
     Leaves metrics.jsonl, tensorboard/, samples/, checkpoints/ and, at the end, model/: a diffusers
@@ -51,7 +62,9 @@ def train(
     workdir, mesh = Path(workdir), make_mesh(options)
     claim(workdir, config, options)
     evaluators = [_previews(objective, options), *evaluators]
-    check_metric(options.keep_best, evaluators)
+    goal = parse_goal(options.stop_when)
+    wanted = [name for name in (options.keep_best, goal and goal.metric) if name is not None]
+    check_metrics(wanted, evaluators)
     keep = Keep(options.keep, options.keep_best, options.keep_highest, options.keep_every)
     optimizer = make_optimizer(options)
     with contextlib.ExitStack() as stack:  # also when interrupted: what is being saved, is saved
@@ -60,13 +73,15 @@ def train(
         stack.callback(checkpoints.close)
         state, aux = place_state(objective, optimizer, options, mesh, checkpoints.restore)
         step = compile_step(make_step(objective, optimizer, options), state, options)
-        start = int(state.step)
+        start = stop = int(state.step)
+        if not _is_there(goal, evaluators, aux.whole(state.ema), start):
+            stop = options.steps
         log = stack.enter_context(open_log(workdir, start, config, options.wandb_project))
         profile = Profile(workdir / "profile", options.profile_start, options.profile_steps)
         stack.callback(profile.close)
         watch = Watch(options.max_skipped, signals)
         place = functools.partial(sharding.split, mesh=mesh)
-        batches = Prefetch(make_batches(start, options.steps), place, watch.give_up)
+        batches = Prefetch(make_batches(start, stop), place, watch.give_up)
         stack.callback(batches.close)
         meter = Meter(options.batch_size, lambda batch: _flops(objective, state, aux, batch))
         bar = stack.enter_context(
@@ -88,15 +103,19 @@ def train(
             bar.update()
 
             row, measured = {}, {}
-            if i % options.log_every == 0 or last:
-                row = {name: float(value) for name, value in metrics.items()}
-                row |= meter.row(batches.waited)
-                bar.set_postfix(loss=f"{row['loss']:.4f}")
             if asked := due(evaluators, i, last):
                 jax.block_until_ready(metrics)  # else steps under way would take no time
                 with meter.aside():
                     params = aux.whole(state.ema)
-                    measured = _evaluate(asked, params, i, options.keep_best, log)
+                    measured = _evaluate(asked, params, i, wanted, log)
+                    if not last and goal is not None and goal.reached(measured):
+                        last = True
+                        others = [each for each in evaluators if each not in asked]
+                        measured |= _evaluate(others, params, i, wanted, log)
+            if i % options.log_every == 0 or last:
+                row = {name: float(value) for name, value in metrics.items()}
+                row |= meter.row(batches.waited)
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
             if row or measured:
                 # Before the checkpoint from which it is not redone
                 processes.first(functools.partial(log.scalars, i, row | measured))
@@ -104,7 +123,7 @@ def train(
                 watch.settle()
                 checkpoints.save(i, state, measured)
             checkpoints.check()
-            if watch.told:
+            if watch.told or last:
                 break
         if watch.told:
             watch.settle()
@@ -124,9 +143,13 @@ def _previews(objective: Objective, options: Options) -> Evaluator:
 
 
 def _evaluate(
-    evaluators: Sequence[Evaluator], params: Params, step: int, wanted: str | None, log: Log
+    evaluators: Sequence[Evaluator],
+    params: Params,
+    step: int,
+    wanted: Collection[str],
+    log: Tracker,
 ) -> dict[str, float]:
-    """Logs the pictures; the numbers, which all processes know, are for the log and keep_best."""
+    """Logs the pictures; the numbers, which all processes know, are for the log and the loop."""
     gathered = sharding.gather(params)
 
     def ask() -> dict[str, float]:
@@ -137,6 +160,16 @@ def _evaluate(
         return numbers
 
     return processes.first(ask)
+
+
+def _is_there(
+    goal: Goal | None, evaluators: Sequence[Evaluator], params: Params, step: int
+) -> bool:
+    """Whether a training that is resumed after this step had come to its end there."""
+    if goal is None or step == 0:
+        return False
+    asked = due([each for each in evaluators if goal.is_of(each)], step, last=False)
+    return bool(asked) and goal.reached(_evaluate(asked, params, step, (), Tracker()))
 
 
 def _export(objective: Objective, params: Params, folder: Path) -> None:

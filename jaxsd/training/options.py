@@ -113,6 +113,9 @@ class Options:
     """The highest value of `keep_best` is the best one, as of a CLIP score."""
     keep_every: int | None = None
     """Checkpoints of steps that this divides stay too."""
+    stop_when: str | None = None
+    """METRIC<VALUE or METRIC>VALUE of an evaluation, such as "eval/loss<0.02": where it comes to
+    this, training ends as after its last update."""
     max_skipped: int = 10
     """After so many updates in a row whose loss or gradient was not finite, training stops."""
     wandb_project: str | None = None

@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class Common(Together, Options):
     dry_run: bool = False
     """Print the resolved options, what is where and a memory estimate, and stop."""
 
+    made: ClassVar[str] = "model_index.json"  # in workdir/model: the last that a training writes
+
     def __post_init__(self):
         super().__post_init__()
         scheme, slash, rest = str(self.workdir).partition(":/")  # a Path makes one slash of two
@@ -48,6 +50,9 @@ class Common(Together, Options):
     def stages(self) -> "list[Common]":
         """The trainings that this one stands for, one after the other; by default itself."""
         return [self]
+
+    def finish(self) -> None:
+        """What is left to do after the last of the stages."""
 
     def evaluators(self, objective: Any) -> list[Any]:
         """What is measured on the way (`recipes.evaluation`)."""

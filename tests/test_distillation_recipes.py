@@ -105,6 +105,10 @@ REFUSED = {
     "one that predicts it says nothing": (
         *("progressive", "--model", "SAMPLE", "--encoder", "--start-steps", "2"),
     ),
+    "lora_rank: factors are not trained with --adversarial-weight": (
+        *("progressive", "--model", "TEACHER", "--start-steps", "2", "--lora-rank", "2"),
+        *("--adversarial-weight", "0.1"),
+    ),
     "leave --weighting out": ("consistency", "--model", "TEACHER", "--weighting", "snr+1"),
     "ends in noise alone": ("consistency", "--model", "EPSILON"),
     "is for students without guidance": (

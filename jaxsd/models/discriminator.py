@@ -1,7 +1,9 @@
-"""The patch discriminator of pix2pix (Isola et al. 2017) and of taming-transformers' autoencoders.
+"""Discriminators: what tells real from made, of pictures' patches or of a UNet's features.
 
-Names as in taming's `NLayerDiscriminator`. It judges overlapping patches, 70 pixels wide with three
-layers, and so texture alone; what the picture shows is left to the reconstruction loss.
+The first is that of pix2pix (Isola et al. 2017) and of taming-transformers' autoencoders, named as
+taming's `NLayerDiscriminator`. It judges overlapping patches, 70 pixels wide with three layers, and
+so texture alone; what the picture shows is left to the reconstruction loss. The second sits on the
+middle of a UNet that stays as it is (Lin et al. 2024, SDXL-Lightning, 2402.13929, section 3.3).
 """
 
 import dataclasses
@@ -93,6 +95,25 @@ class PatchDiscriminator(nnx.Module):
                 x = jax.nn.leaky_relu(x, 0.2)
             x = layer(x)
         return x
+
+
+class FeatureDiscriminator(nnx.Module):
+    """[b, h, w, c] features of two points of a path -> [b, h, w, 1]: above 0 for the real path."""
+
+    def __init__(self, inputs: int, channels: int = 64):
+        groups = math.gcd(32, channels)
+        self.conv1 = Conv2d(2 * inputs, channels, 3, padding=1)
+        self.norm1 = GroupNorm(groups, channels, 1e-5)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = GroupNorm(groups, channels, 1e-5)
+        self.conv_out = Conv2d(channels, 1, 1)
+
+    def __call__(
+        self, start: Float[Array, "b h w c"], end: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w 1"]:
+        x = self.conv1(jnp.concatenate([start, end], -1))
+        x = self.conv2(jax.nn.silu(self.norm1(x)))
+        return self.conv_out(jax.nn.silu(self.norm2(x)))
 
 
 def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:

@@ -179,8 +179,7 @@ class UNet(UNetEncoder):
         time = self.embed(
             timestep, sample.dtype, class_labels, text_embeds, time_ids, timestep_cond
         )
-        x = 2 * sample - 1 if self.config.center_input_sample else sample
-        x, skips = self.encode(self.conv_in(x), time, encoder_hidden_states)
+        x, skips = self.encode(self._enter(sample), time, encoder_hidden_states)
         if down_block_residuals is not None:
             if len(down_block_residuals) != len(skips):
                 raise ValueError(f"{len(down_block_residuals)} residuals for {len(skips)} skips")
@@ -190,3 +189,18 @@ class UNet(UNetEncoder):
         for block in self.up_blocks:
             x = block(x, skips, time, encoder_hidden_states)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def features(
+        self,
+        sample: Float[Array, "b h w c"],
+        timestep: Num[Array, " b"],
+        encoder_hidden_states: Float[Array, "b s d"] | None = None,
+        class_labels: Num[Array, " b"] | Float[Array, "b k"] | None = None,
+        **added: Any,
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """What leaves the middle, with `block_out_channels[-1]` channels; told as `__call__` is."""
+        time = self.embed(timestep, sample.dtype, class_labels, **added)
+        return self.encode(self._enter(sample), time, encoder_hidden_states)[0]
+
+    def _enter(self, sample: jax.Array) -> jax.Array:
+        return self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)

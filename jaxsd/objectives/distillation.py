@@ -49,13 +49,18 @@ def ask(
     told: Conditioning,
     scale: jax.Array | None,
     dtype: str = "float32",
+    method: str = "__call__",
 ) -> jax.Array:
-    """A network's prediction, float32 [b, h, w, c], without dropout. scale: [b], of guidance."""
+    """A network's prediction, float32 [b, h, w, c], without dropout. scale: [b], of guidance.
+
+    method: "features" for what leaves the middle of a UNet, instead.
+    """
     if takes_scale(net):
         assert scale is not None
         w = guidance_scale_embedding(scale - 1, net.config.time_cond_proj_dim)
         told = told | {"timestep_cond": w}
-    return net(params, z.astype(dtype), t, **told).astype(jnp.float32)
+    part: dict[str, Any] = {} if method == "__call__" else {"method": method}
+    return net(params, z.astype(dtype), t, **told, **part).astype(jnp.float32)
 
 
 def ask_teacher(

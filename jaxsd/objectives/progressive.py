@@ -15,8 +15,10 @@ from jaxsd.diffusion import jumps
 from jaxsd.errors import JaxsdError
 from jaxsd.nn import Params
 from jaxsd.objectives import Batch, Now
+from jaxsd.objectives.adversarial import Critic
 from jaxsd.objectives.denoising import by_quarter
 from jaxsd.objectives.distillation import Student, ask, ask_teacher
+from jaxsd.pipeline import Pipeline
 
 RUNGS = 257  # of 128 student steps; longer ladders have programs of their own
 
@@ -27,11 +29,12 @@ class Progressive(Student):
 
     factor: how many of the teacher's steps one of the student's is worth; the paper's is 2.
     encoder: the steps lead the other way, from pictures to noise (2210.03142, section 3.3): the
-    student of the reversed DDIM.
+    student of the reversed DDIM. adversarial_weight: of the term in `adversarial`; 0 for none.
     """
 
     factor: int = 2
     encoder: bool = False
+    adversarial_weight: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,10 +44,16 @@ class Progressive(Student):
                              "says nothing of the noise: it must predict v")  # fmt: skip
         rungs = jumps.ladder(self.schedule, self.factor * self.steps)
         rungs = jumps.reverse(rungs) if self.encoder else rungs
+        weight = self.adversarial_weight
+        self._critic = Critic(self.teacher, weight, self.dtype) if weight else None
         # As arguments, and of one length: then all stages are one compiled program
         more = max(RUNGS - len(rungs.t), 0)
         padded = jax.tree.map(lambda values: np.pad(values, (0, more), "edge"), rungs)
         self.aux |= {"rungs": padded, "steps": np.int32(self.steps)}
+
+    def init(self, key: jax.Array) -> Params:
+        params = super().init(key)
+        return params | self._critic.init(jax.random.fold_in(key, 1)) if self._critic else params
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
         key_example, key_rung, key_eps, key_scale = jax.random.split(now.key, 4)
@@ -72,7 +81,17 @@ class Progressive(Student):
         said = ask(self.net, params, z, start.t, example.cond, scale, self.dtype)
         error = self.error(said, *target, start)
         share = (step.astype(jnp.float32) + 0.5) / aux["steps"].astype(jnp.float32)
-        return error.mean(), by_quarter(error, share if self.encoder else 1 - share)
+        loss, metrics = error.mean(), by_quarter(error, share if self.encoder else 1 - share)
+        if self._critic is not None:
+            own = jumps.jump(self.schedule.prediction_type, said, z, start, end)
+            landed = jax.lax.stop_gradient(landed)
+            path, ends = (z, start, end), (landed, own)
+            more, told = self._critic.loss(params, aux["teacher"], path, ends, example.cond, scale)
+            loss, metrics = loss + more, metrics | told | {"error": loss}
+        return loss, metrics
+
+    def pipeline(self, params: Params) -> Pipeline:
+        return super().pipeline({name: params[name] for name in self.net.shapes})
 
     def preview(self, params: Params) -> np.ndarray | None:
         """As of every student; an encoder draws no pictures."""

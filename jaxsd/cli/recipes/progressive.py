@@ -1,6 +1,7 @@
 """`train.py progressive`: a chain of trainings, each of which halves the steps."""
 
 import dataclasses
+import math
 
 from jaxsd.cli.recipes.common import Common, MakeBatches
 from jaxsd.cli.recipes.distillation import Distillation
@@ -30,6 +31,12 @@ class Progressive(Distillation):
     eps into one that predicts v, or what --prediction-type says."""
     encoder: bool = False
     """Students of the reversed sampler: from pictures to noise."""
+
+    adversarial_weight: float = 0.0
+    """How much it counts in the last stages, beside the error, that a discriminator on the
+    teacher's own features takes the student for its teacher (SDXL-Lightning): 0.05, say."""
+    adversarial_steps: int = 2
+    """The most steps of a student that is trained so."""
 
     def stages(self) -> list[Common]:
         from jaxsd.diffusion import jumps
@@ -84,12 +91,20 @@ class Progressive(Distillation):
                 "guidance_range: a student that is not told the scale would be guided again in the "
                 "next stage; start from one that `guided` made"
             )
+        if not 0 <= self.adversarial_weight < math.inf:
+            weight = self.adversarial_weight
+            raise JaxsdError(f"adversarial_weight must be at least 0, not {weight}")
+        if self.adversarial_weight and (self.lora_rank or self.encoder):
+            what = "lora_rank: factors" if self.lora_rank else "encoder: students of noise"
+            raise JaxsdError(f"{what} are not trained with --adversarial-weight")
+        fooling = self.end_steps <= self.adversarial_steps
         objective = Objective(
             base,
             teacher,
             self.end_steps,
             factor=self.factor,
             encoder=self.encoder,
+            adversarial_weight=self.adversarial_weight if fooling else 0.0,
             **self.shared(base),
         )
         return self.maybe_low_rank(objective), make_batches

@@ -75,7 +75,7 @@ class Latents:
 
     def init(self, key: jax.Array) -> Params:
         """The family's, whatever the key: a student begins as its teacher."""
-        return _fresh(Net(UNet(self.family.unet)))
+        return fresh(Net(UNet(self.family.unet)))
 
     def example(self, params: Params, aux: Any, batch: Batch, key: jax.Array) -> Example:
         cond = {name: value.astype(jnp.float32) for name, value in batch.items()}
@@ -133,7 +133,7 @@ def objective(recipe: Recipe, family: Family, dtype: str, real: bool = False) ->
     return kind(base, teacher, 4, SCALES, dtype=dtype)
 
 
-def _fresh(net: Net) -> Params:
+def fresh(net: Net) -> Params:
     """Random weights, also of the last layer: where that is zero, no other has a gradient."""
     key = jax.random.key(0)
     params = net.init(key)
@@ -144,7 +144,7 @@ def _fresh(net: Net) -> Params:
 
 def _drawn(net: Net, dtype: str) -> Params:
     """The same, matrices and kernels in the dtype that is computed in."""
-    params = _fresh(net)
+    params = fresh(net)
     return {name: p.astype(dtype) if p.ndim > 1 else p for name, p in params.items()}
 
 

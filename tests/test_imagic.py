@@ -1,5 +1,6 @@
 """Imagic: both stages, the edit they leave, and what lies between a picture and a prompt."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,12 +10,19 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from refusals import refused
 from toy import assert_same_state
 
 import jaxsd
+from jaxsd.cli import sample as sample_cli
 from jaxsd.cli.recipes.imagic import Imagic
 from jaxsd.cli.train import run as run_recipe
-from jaxsd.weights import edits
+from jaxsd.editing import imagic
+from jaxsd.editing.editor import Editor
+from jaxsd.objectives import Now, Objective
+from jaxsd.objectives.imagic import Embedding, Tuning, new_edit
+from jaxsd.training import Options
+from jaxsd.weights import edits, lora_files
 
 PROMPT, OTHER = "a red seven", "a blue three"
 KEY = jax.random.key(3)
@@ -77,14 +85,6 @@ def whole(base, picture, tmp_path_factory):
     return workdir
 
 
-@pytest.fixture(scope="module")
-def factors(base, picture, tmp_path_factory):
-    """The same, with low-rank factors."""
-    workdir = tmp_path_factory.mktemp("factors")
-    run_recipe(recipe(base, picture, workdir, lora_rank=2, learning_rate=1e-2))
-    return workdir
-
-
 def rows(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return {row["step"]: row for row in map(json.loads, lines)}
@@ -112,25 +112,203 @@ def test_both_stages_leave_an_edit_curves_and_pictures(whole):
     assert 0 < max(float(jnp.abs(a - b).max()) for a, b in pairs) < 0.01
 
 
-@pytest.mark.parametrize("kept", ["embedding/model", "checkpoints"])
+@pytest.mark.parametrize("kept", ["embedding", "checkpoints"])
 def test_what_is_missing_is_made_again_to_the_bit(kept, whole, base, picture, tmp_path):
-    """As if killed between the stages, and after the second one's first checkpoint."""
+    """As if killed between the stages, or after the first checkpoint of the second one."""
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "model")
-    if kept == "checkpoints":
-        for step in (2, 3):
-            shutil.rmtree(cut / "checkpoints" / str(step))
-    else:
-        for name in ("checkpoints", "tensorboard", "samples"):
-            shutil.rmtree(cut / name)
-        (cut / "metrics.jsonl").unlink()
+    gone = ["checkpoints"] if kept == "embedding" else ["checkpoints/2", "checkpoints/3"]
+    for name in gone:
+        shutil.rmtree(cut / name)
     run_recipe(recipe(base, picture, cut))
-    assert hashes(cut / "model").keys() == {
-        cut / p.relative_to(whole) for p in hashes(whole / "model")
+    got, want = (hashes(folder / "model") for folder in (cut, whole))
+    assert [p.relative_to(cut) for p in got] == [p.relative_to(whole) for p in want]
+    assert [*got.values()] == [*want.values()]
+    losses = [{step: row["loss"] for step, row in rows(w).items()} for w in (cut, whole)]
+    assert losses[0] == losses[1]
+
+
+def test_a_target_ends_a_stage_early(base, picture, whole, tmp_path):
+    reached = rows(whole / "embedding")[2]["reconstruction/loss"]
+    stage, _ = recipe(base, picture, tmp_path, embedding_target=reached).stages()
+    run_recipe(stage)
+    assert max(rows(stage.workdir)) == 2
+    first = edits.read(stage.workdir / "model")
+    assert not np.array_equal(
+        first.optimised["encoder_hidden_states"],
+        edits.read(whole / "model").optimised["encoder_hidden_states"],
+    )
+
+
+def test_one_key_decides_all_that_is_random(plain):
+    """And neither stage knows dropout: the network that the loss asks has none."""
+    pipe, edit = plain
+    stage = Tuning(pipe, edit)
+    batch = {"latents": jnp.ones((2, 4, 4, 4))}
+    loss = jax.jit(lambda key: stage.loss(stage.init(KEY), stage.aux, batch, Now(key))[0])
+    assert isinstance(stage, Objective) and stage.net.config.dropout == 0
+    assert loss(KEY) == loss(KEY) != loss(jax.random.key(4))
+
+
+def test_many_pictures_with_the_same_programs(plain, picture):
+    pipe, _ = plain
+    before = dict(pipe.params["unet"])
+    known = {"learning_rate": 3e-3, "warmup_steps": 0, "decay": "constant", "ema_decay": 0.0}
+    options = Options(3, batch_size=8, **known)
+    editor = Editor(pipe, options, options, rank=2)
+    (first, errors), _, (again, same) = (editor(picture, p) for p in (PROMPT, OTHER, PROMPT))
+    assert errors == same and errors.before > errors.embedding > errors.tuning
+    np.testing.assert_array_equal(
+        *(e.edit.optimised["encoder_hidden_states"] for e in (first, again))
+    )
+    assert first.pipe is again.pipe and all(pipe.params["unet"][n] is p for n, p in before.items())
+    assert [training._step._cache_size() for training in editor._trainings[8, 8]] == [1, 1]
+
+
+# --- The edit --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    """A model, and an edit of it whose embedding is far from its prompt's."""
+    pipe = jaxsd.load(base)
+    edit = new_edit(pipe, PROMPT, (8, 8))
+    moved = {name: array + np.float32(0.5) for name, array in edit.target.items()}
+    return pipe, dataclasses.replace(edit, optimised=moved)
+
+
+def test_eta_goes_from_the_picture_to_the_prompt(plain):
+    pipe, edit = plain
+    edited = imagic.Edited(pipe, edit)
+    drawn = imagic.sample(edited, [0.0, 1.0, 0.5], [4, 4, 4], **QUICK)
+    whole = pipe.sample(PROMPT, [4, 4, 4], **QUICK)
+    np.testing.assert_array_equal(drawn[1], whole[1])  # untuned, that is ordinary sampling
+    told = {name: jnp.asarray(array) for name, array in edit.optimised.items()}
+    np.testing.assert_array_equal(drawn[0], pipe.sample("", [4, 4, 4], cond=told, **QUICK)[0])
+    assert len({np.asarray(each).tobytes() for each in drawn}) == 3
+    name, other = "encoder_hidden_states", pipe.encode([OTHER])
+    mixed = edited.told([OTHER, PROMPT], [1.0, -0.5])[name]
+    np.testing.assert_array_equal(mixed[0], other[name][0])
+    beyond = 1.5 * edit.optimised[name] - 0.5 * edit.target[name]
+    np.testing.assert_allclose(mixed[1], beyond[0], rtol=1e-5, atol=1e-6)
+
+
+def test_stable_diffusion_xl(words, tmp_path):
+    pipe = jaxsd.load(saved(words, tmp_path / "xl", xl=True))
+    edit = new_edit(pipe, PROMPT, (8, 8))
+    assert {n: a.shape for n, a in edit.target.items()} == {
+        "encoder_hidden_states": (1, 16, 24),
+        "text_embeds": (1, 6),
     }
-    for path, data in hashes(whole / "model").items():
-        assert (cut / path.relative_to(whole)).read_bytes() == data, path
-    assert {s: r["loss"] for s, r in rows(cut).items()} == {
-        s: r["loss"] for s, r in rows(whole).items()
+    edits.save(dataclasses.replace(edit, base={"model": str(tmp_path / "xl")}), tmp_path / "edit")
+    edited = imagic.load_edit(tmp_path / "edit")
+    drawn = imagic.sample(edited, 1.0, 4, **QUICK)
+    np.testing.assert_array_equal(drawn, pipe.sample(PROMPT, 4, **QUICK))
+    stage = Embedding(pipe, edit)
+    params, batch = stage.init(KEY), {"latents": jnp.ones((2, 4, 4, 4))}
+    slopes = jax.jit(jax.grad(lambda p: stage.loss(p, stage.aux, batch, Now(KEY))[0]))(params)
+    assert slopes.keys() == edit.target.keys() and all(np.any(slope) for slope in slopes.values())
+
+
+def test_an_edit_of_factors_is_small_and_draws_the_same(base, picture, whole, tmp_path):
+    stage = recipe(base, picture, whole, lora_rank=2).stages()[1]
+    objective, _ = stage.build()
+    rng = np.random.default_rng(1)
+    params = {
+        n: jnp.asarray(rng.normal(0, 0.5, v.shape), "float32")
+        for n, v in objective.init(KEY).items()
     }
+    objective.export(params, tmp_path / "model")
+    held = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert held == [edits.FILE, edits.ARRAYS, lora_files.DIFFUSERS_FILE]
+    edited = imagic.load_edit(tmp_path)
+    tuned = dataclasses.replace(edited, pipe=objective.pipeline(params))
+    got, want, plain = (
+        e.pipe.decode_array(imagic.sample(e, 0.0, 1, **QUICK)).astype(int)
+        for e in (edited, tuned, dataclasses.replace(edited, pipe=jaxsd.load(base)))
+    )
+    assert np.abs(got - want).max() <= 1 < np.abs(got - plain).max()
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def command(*words):
+    return sample_cli.run(sample_cli.tyro.cli(sample_cli.Options, args=[*map(str, words)]))
+
+
+def test_the_command_draws_an_edit(whole, tmp_path):
+    quick = ("--steps", 2, "--seed", 4, "--guidance-scale", 2, "--out", tmp_path)
+    [first] = command("--model", whole, *quick)
+    [second] = command(PROMPT, "--model", whole / "model", "--imagic-eta", 0.7, *quick)
+    [third] = command(OTHER, "--model", whole, "--imagic-eta", 1.2, *quick)
+    with Image.open(first) as a, Image.open(second) as b, Image.open(third) as c:
+        assert np.array_equal(a, b) and a.text == b.text | {"model": str(whole)}
+        assert (a.text["prompt"], a.text["imagic_eta"], c.text["imagic_eta"]) == (
+            PROMPT,
+            "0.7",
+            "1.2",
+        )
+        [want] = imagic.load_edit(whole).pipe.decode_array(
+            imagic.sample(imagic.load_edit(whole), 1.2, 4, OTHER, **QUICK)
+        )
+        assert np.array_equal(c, want) and a.size == c.size == (8, 8)
+
+
+def test_what_the_commands_refuse(base, picture, whole, tmp_path):
+    def asked(**options):
+        return refused(run_recipe, recipe(base, picture, tmp_path / "w", **options))
+
+    assert "reads no text" in asked(model="digits-ddpm")
+    assert "distilled with its guidance" in asked(model="digits-lcm")
+    assert "give the model to edit" in asked(model=None)
+    assert "cannot read the picture" in asked(image=base)
+    assert "clip_skip must be" in asked(clip_skip=9)
+    assert "measure_every must be at least 1" in asked(measure_every=0)
+    assert "multiples of 2" in asked(height=7, width=8)
+    assert not (tmp_path / "w").exists()
+    base_of = ("--out", tmp_path, "--model")
+    assert "is no edit" in refused(command, PROMPT, *base_of, "digits", "--imagic-eta", 0.5)
+    assert "leave out clip_skip" in refused(command, *base_of, whole, "--clip-skip", 1)
+    assert "holds no edit" in refused(imagic.load_edit, base)
+    assert "eta is a number" in refused(imagic.mix, edits.read(whole / "model"), float("nan"))
+
+
+def damaged(folder, **changes):
+    """An edit's JSON with other values; None takes one out."""
+    values = json.loads((folder / edits.FILE).read_text()) | changes
+    (folder / edits.FILE).write_text(json.dumps({n: v for n, v in values.items() if v != "gone"}))
+
+
+def test_untrusted_edits_are_refused(whole, tmp_path):
+    good = edits.read(whole / "model")
+
+    def broken(change=None, **json_changes):
+        shutil.rmtree(tmp_path / "edit", ignore_errors=True)
+        edits.save(good, tmp_path / "edit")
+        damaged(tmp_path / "edit", **json_changes)
+        if change is not None:
+            arrays = {f"{part}.encoder_hidden_states": value for part, value in change.items()}
+            jaxsd.weights.save(arrays, tmp_path / "edit" / edits.ARRAYS)
+        return refused(imagic.load_edit, tmp_path / "edit")
+
+    assert "says of prompt" in broken(prompt=3)
+    assert "says of size" in broken(size=[8, -8])
+    assert "says of size" in broken(size=[8, 1 << 40])
+    assert "says of clip_skip" in broken(clip_skip=True)
+    assert "says of base" in broken(base={"model": "digits", "controlnets": "x"})
+    assert "says of base" in broken(base="digits")
+    assert "not base, clip_skip, prompt, size" in broken(prompt="gone")
+    assert "base model that" in broken(base={"model": "no such model"})
+    assert "edit of another model" in broken(base={"model": "digits"})
+    target = jnp.asarray(good.target["encoder_hidden_states"])
+    fine = {"target": target, "optimised": target}
+    assert "an edit is float32" in broken(fine | {"target": target.astype(jnp.bfloat16)})
+    assert "NaN or infinity" in broken(fine | {"optimised": target.at[0, 0, 0].set(jnp.nan)})
+    assert "differ in shape" in broken(fine | {"target": target[:, :3]})
+    assert "not one row" in broken(fine | {"target": target[0]})
+    assert "is of , not of" in broken({"target": target})
+    assert "is of no edit" in broken({"other": target})
+    (tmp_path / "edit" / edits.ARRAYS).write_bytes(b"nothing")
+    assert "not a safetensors file" in refused(imagic.load_edit, tmp_path / "edit")

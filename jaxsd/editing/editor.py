@@ -77,19 +77,14 @@ class Editor:
             self._trainings[edit.size] = self._compile(edit)
         first, second = self._trainings[edit.size]
         latents = latents_of(self.pipe, shown)
-        aux, start = first.objective.aux, first.objective.init(jax.random.key(0))
-        start = {name: jnp.asarray(edit.target[name]) for name in start}
-        before = first.error(start, aux, latents)
+        aux, start = first.objective.aux, {n: jnp.asarray(a) for n, a in edit.target.items()}
         found = first(start, aux, latents)
-        edit = dataclasses.replace(edit, optimised=on_host(found))
-        middle = first.error(found, aux, latents)
-        factors = isinstance(second.objective, LowRank)
-        aux = second.objective.aux
-        inner = (aux["inner"] if factors else aux) | {"told": found}
-        aux = aux | {"inner": inner} if factors else inner
+        before, middle = (first.error(told, aux, latents) for told in (start, found))
+        aux = _with_told(second.objective.aux, found)
         tuned = second(second.start(), aux, latents)
         after = second.error(tuned, aux, latents)
-        unet = second.objective.whole(tuned) if factors else tuned
+        unet = second.objective.whole(tuned) if self._factors else tuned
+        edit = dataclasses.replace(edit, optimised=on_host(found))
         return Edited(self._lend(unet), edit), Errors(before, middle, after)
 
     def _compile(self, edit: Edit) -> "tuple[_Training, _Training]":
@@ -105,6 +100,13 @@ class Editor:
             self._drawer = with_unet(self.pipe, unet)
         self._drawer.components["unet"] = Component(self.pipe.unet, unet)
         return self._drawer
+
+
+def _with_told(aux: Any, told: Params) -> Any:
+    """What the second stage reads, or what trains factors for it, with another embedding."""
+    if "inner" in aux:
+        return {**aux, "inner": _with_told(aux["inner"], told)}
+    return {**aux, "told": told}
 
 
 class _Training:

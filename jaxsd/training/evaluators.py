@@ -84,7 +84,7 @@ def measure(
     owners = [evaluator.name for evaluator in evaluators]
     for metric in wanted:
         if _owner(metric) in owners and metric not in numbers:
-            raise JaxsdError(f"no evaluation reports {metric!r}: write {' or '.join(numbers)}")
+            raise JaxsdError(f"there is no {metric!r}: write {' or '.join(numbers)}")
     return numbers, pictures
 
 
@@ -94,7 +94,7 @@ def check_metrics(wanted: Collection[str], evaluators: Sequence[Evaluator]) -> N
     for metric in wanted:
         if _owner(metric) not in names:
             raise JaxsdError(
-                f"no evaluation reports {metric!r}: write the name of one of the evaluations "
+                f"there is no {metric!r}: write the name of one of the evaluations "
                 f"{', '.join(names)}, a slash and what it reports, such as eval/loss"
             )
 

@@ -123,7 +123,7 @@ def train(
                 watch.settle()
                 checkpoints.save(i, state, measured)
             checkpoints.check()
-            if watch.told or last:
+            if watch.told or (last and i < stop):
                 break
         if watch.told:
             watch.settle()

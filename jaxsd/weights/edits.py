@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsd.errors import JaxsdError
@@ -88,7 +89,7 @@ def save(edit: Edit, folder: str | os.PathLike) -> None:
     """Writes edit.safetensors, then edit.json: whole or not at all."""
     folder = as_path(folder)
     both = {"target": edit.target, "optimised": edit.optimised}
-    arrays: Any = {f"{key}.{name}": a for key, told in both.items() for name, a in told.items()}
+    arrays = {f"{k}.{n}": jnp.asarray(a) for k, told in both.items() for n, a in told.items()}
     tensors.save(arrays, folder / ARRAYS)
     known = {"prompt": edit.prompt, "size": list(edit.size), "clip_skip": edit.clip_skip}
     base = None if edit.base is None else dict(edit.base)

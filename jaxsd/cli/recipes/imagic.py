@@ -107,7 +107,9 @@ class ImagicOptions(LoRAOptions, ModelOptions):
 
 def _in_full(name: str) -> str:
     """A path of this machine in full, so that the edit finds it from anywhere; else the name."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    from jaxsd.hub import shipped
+
+    return name if name in shipped() or not Path(name).exists() else str(Path(name).resolve())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,9 +188,9 @@ class Imagic(ImagicOptions):
             "workdir": self.workdir / FIRST,
             "steps": self.embedding_steps,
             "learning_rate": self.embedding_learning_rate,
-            "stop_when": _goal(self.embedding_target),
+            "stop_when": _goal(self.embedding_target) or self.stop_when,
         }
-        second: dict[str, Any] = {"stop_when": _goal(self.target)}
+        second: dict[str, Any] = {"stop_when": _goal(self.target) or self.stop_when}
         return [Embedding(**shared | first), Tuning(**shared | second)]
 
     def finish(self) -> None:

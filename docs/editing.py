@@ -224,7 +224,7 @@ def tables(known: Known, edits: list[Edit]) -> Iterator[str]:
     if IMAGIC in known:
         if "errors" in known[IMAGIC].get(0.0, {}):
             yield f"reconstruction\n\n{stages(np.array(known[IMAGIC][0.0]['errors']))}"
-        for other in curves.keys() - {IMAGIC.name}:
+        for other in [name for name in curves if name != IMAGIC.name]:
             yield (
                 f"how much more often Imagic is right than {other} at the same distance\n\n"
                 + against(curves[IMAGIC.name], curves[other])

@@ -153,6 +153,9 @@ def scores_of(figures: dict[str, Any]) -> Scores:
 
 Known = dict[Method, dict[float, dict[str, Any]]]
 
+DISTANCES = {"rmse": "RMSE to the input", "shape": "distance of the shape"}  # fields of `Scores`
+PARTS = {"all": [0, 1, 2], **{kind: [i] for i, kind in enumerate(KINDS)}}
+
 COLUMNS = {
     "right": ("all right", 3),
     **{f"right_{kind}": (f"{kind} edits", 3) for kind in KINDS},
@@ -214,21 +217,17 @@ def tables(known: Known, edits: list[Edit]) -> Iterator[str]:
     curves = curves_of(known)
     areas = {}
     for name, curve in curves.items():
-        by_kind = [curve.only([i]) for i in range(len(KINDS))]
-        areas[name] = {
-            key: area(*part.points())
-            for key, part in zip(("all", *KINDS), (curve, *by_kind), strict=True)
-        }
-    heads = {key: (f"{key} edits", 3) for key in ("all", *KINDS)}
+        areas[name] = {part: area(*curve.only(at).points()) for part, at in PARTS.items()}
+    heads = {part: (f"{part} edits", 3) for part in PARTS}
     yield f"area under the curves, 0 to 1\n\n{format_table(areas, heads)}"
     if IMAGIC in known:
         if "errors" in known[IMAGIC].get(0.0, {}):
             yield f"reconstruction\n\n{stages(np.array(known[IMAGIC][0.0]['errors']))}"
-        for other in [name for name in curves if name != IMAGIC.name]:
-            yield (
-                f"how much more often Imagic is right than {other} at the same distance\n\n"
-                + against(curves[IMAGIC.name], curves[other])
-            )
+        for distance, heading in DISTANCES.items():
+            curves = curves_of(known, distance)
+            for other in [name for name in curves if name != IMAGIC.name]:
+                title = f"how much more often Imagic is right than {other}, at the same {heading}"
+                yield f"{title}\n\n{against(curves[IMAGIC.name], curves[other])}"
 
 
 def stages(errors: np.ndarray) -> str:
@@ -244,7 +243,7 @@ def stages(errors: np.ndarray) -> str:
 def against(curve: Curve, other: Curve) -> str:
     """A row for each kind of edits: the gap at each knob, with its 95 % interval over pictures."""
     rows = {}
-    for name, at in {"all": range(len(KINDS)), **{k: [i] for i, k in enumerate(KINDS)}}.items():
+    for name, at in PARTS.items():
         one, two = curve.only(at), other.only(at)
         low, high = interval(lambda of, a=one, b=two: gaps(a, b, of), one.right.shape[1])
         middle = gaps(one, two)
@@ -257,6 +256,20 @@ def against(curve: Curve, other: Curve) -> str:
 
 
 # --- Pictures --------------------------------------------------------------------------------
+
+
+def panels(known: Known, edits: list[Edit]) -> list[list[editing_plot.Panel]]:
+    """A row for each distance, in which every kind of edits has a panel."""
+    oracle = scores_of(figures_of(edits, np.stack([edit.oracle for edit in edits])[None]))
+    rows = []
+    for name, heading in DISTANCES.items():
+        curves, row = curves_of(known, name), []
+        for title, at in PARTS.items():
+            some = {method: curve.only(at) for method, curve in curves.items()}
+            star = [float(getattr(oracle, which)[:, at].mean()) for which in (name, "right")]
+            row.append(editing_plot.Panel(f"{title} edits", heading, some, (star[0], star[1])))
+        rows.append(row)
+    return rows
 
 
 def draw_examples(measurement: Measurement, image: Path, pictures: int = 4) -> None:
@@ -286,9 +299,7 @@ def main(options: Options) -> None:
     for table in tables(known, measurement.edits):
         print(f"\n{table}")
     if known:
-        oracle = np.stack([edit.oracle for edit in measurement.edits])
-        best = scores_of(figures_of(measurement.edits, oracle[None]))
-        editing_plot.draw(curves_of(known), best, options.image)
+        editing_plot.draw(panels(known, measurement.edits), options.image)
     if options.examples is not None:
         draw_examples(measurement, options.examples)
 

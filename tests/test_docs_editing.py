@@ -126,17 +126,7 @@ def test_an_interval_is_as_wide_as_pictures_differ():
 # --- From end to end -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder of a tiny model that draws 32x32 pictures."""
-    words = tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    unet = dataclasses.replace(tiny.LATENT_UNET, sample_size=16)
-    made = tiny.text_to_image(words, unet=unet)
-    made.export(tiny.parameters(made.net), folder := tmp_path_factory.mktemp("made") / "model")
-    return folder
-
-
-def test_the_measurement(model, tmp_path, capsys, monkeypatch):
+def test_the_measurement(tmp_path, capsys, monkeypatch):
     script = importlib.import_module("editing")
     design = script.Design(
         strengths=(0.5, 1.0),
@@ -150,7 +140,7 @@ def test_the_measurement(model, tmp_path, capsys, monkeypatch):
     results, image = tmp_path / "r.json", tmp_path / "p.png"
     known = dict(
         design=design,
-        model=str(model),
+        model=str(tiny.save_digits_model(tmp_path / "model")),
         count=1,
         results=results,
         image=image,

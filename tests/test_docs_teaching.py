@@ -80,10 +80,6 @@ def test_every_way_is_a_command(tmp_path):
 
 
 def test_the_measurement(tmp_path, capsys, monkeypatch):
-    words = tiny.tokenizer(tmp_path / "tokenizer")
-    unet = dataclasses.replace(tiny.LATENT_UNET, sample_size=16)
-    made = tiny.text_to_image(words, unet=unet)
-    made.export(tiny.parameters(made.net), tmp_path / "model")
     design = script.Design(drawn=2, digits=2, steps=1, factors_steps=1, rank=1)
     design = dataclasses.replace(design, targets=("attention",))
     trained = []
@@ -96,7 +92,7 @@ def test_the_measurement(tmp_path, capsys, monkeypatch):
     known = dict(
         design=design,
         seeds=(0,),
-        model=str(tmp_path / "model"),
+        model=str(tiny.save_digits_model(tmp_path / "model")),
         runs=tmp_path / "runs",
         results=tmp_path / "r.json",
         image=tmp_path / "t.png",

@@ -44,9 +44,9 @@ class Design:
     imagic_scale: float = 3.0
     batch_size: int = 4
     embedding_steps: int = 60
-    embedding_rate: float = 1e-2
-    tuning_steps: int = 60
-    tuning_rate: float = 3e-4
+    embedding_rate: float = 3e-2
+    tuning_steps: int = 30
+    tuning_rate: float = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)

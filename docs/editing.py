@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import editing_plot
 import numpy as np
@@ -56,6 +55,10 @@ class Options:
     """Also measure the rows that are not known yet."""
 
 
+Figures = dict[str, str]  # a word for each edit: the fields of `Scores`; Imagic's, and STAGES
+STAGES = ("error_before", "error_embedding", "error_tuning")  # of reconstruction
+
+
 # --- Measuring -------------------------------------------------------------------------------
 
 
@@ -76,13 +79,16 @@ class Measurement:
         return f"weights {self.weights}, {method.settings(self.design)}"
 
     def _name(self, method: Method, knob: float) -> str:
-        options = self.options
-        return f"{options.count} {options.split} scans, {method.name}, {method.knob} {knob:g}"
+        return f"{self.options.split} scans, {method.name}, {method.knob} {knob:g}"
 
-    def get(self, method: Method, knob: float) -> dict[str, Any] | None:
-        return self._kept.get(self._name(method, knob), self.of(method))
+    def get(self, method: Method, knob: float) -> Figures | None:
+        """What is known of these edits, the first of those that were measured."""
+        known, count = self._kept.get(self._name(method, knob), self.of(method)), len(self.edits)
+        if known is None or len(known["rmse"].split()) < count:
+            return None
+        return {name: " ".join(words.split()[:count]) for name, words in known.items()}
 
-    def _put(self, method: Method, knob: float, drawn: np.ndarray, **more: Any) -> None:
+    def _put(self, method: Method, knob: float, drawn: np.ndarray, **more: str) -> None:
         """drawn: uint8 [seeds, n, 32, 32, 3]."""
         figures = figures_of(self.edits, drawn) | more
         self._kept.put(self._name(method, knob), self.of(method), figures)
@@ -120,38 +126,43 @@ class Measurement:
             )
         print(file=sys.stderr)
         drawn = np.stack([one["pictures"] for one in made], 2)  # [etas, seeds, n, ...]
-        errors = np.stack([one["errors"] for one in made]).round(5).tolist()
+        errors = np.stack([one["errors"] for one in made], 1)
+        told = {n: as_words(of_all) for n, of_all in zip(STAGES, errors, strict=True)}
         for eta, pictures in zip(self.design.etas, drawn, strict=True):
-            self._put(IMAGIC, eta, pictures, **({"errors": errors} if eta == 0 else {}))
+            self._put(IMAGIC, eta, pictures, **told)
 
     def _check_time(self) -> None:
         if time.monotonic() > self._stop:
             sys.exit("stopped: the same command goes on from here")
 
 
-def figures_of(edits: list[Edit], drawn: np.ndarray) -> dict[str, Any]:
-    """What is kept of a row, a word for each edit: means over the seeds of `Scores`, as text.
+def figures_of(edits: list[Edit], drawn: np.ndarray) -> Figures:
+    """What is kept of a row: means over the seeds of `Scores`.
 
-    drawn: uint8 [seeds, n, 32, 32, 3]. psnr: to the input, in dB, the mean of all.
+    drawn: uint8 [seeds, n, 32, 32, 3].
     """
     scored = [score(edits, pictures) for pictures in drawn]
-    means = [np.mean([getattr(one, name) for one in scored], axis=0) for name in Scores._fields]
-    texts = [" ".join(f"{value:.4g}" for value in mean) for mean in means]
-    given = np.stack([edit.picture for edit in edits])
-    decibel = float(np.mean([psnr(pictures, given) for pictures in drawn]))
-    return {**dict(zip(Scores._fields, texts, strict=True)), "psnr": round(decibel, 3)}
+    return {n: as_words(np.mean([getattr(one, n) for one in scored], 0)) for n in Scores._fields}
 
 
-def scores_of(figures: dict[str, Any]) -> Scores:
+def as_words(values: np.ndarray) -> str:
+    """A word for each edit, so that a row of the file is a line."""
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def of_words(words: str) -> np.ndarray:
+    """[pictures, edits of one]."""
+    return np.array(words.split(), float).reshape(-1, len(KINDS))
+
+
+def scores_of(figures: Figures) -> Scores:
     """Each [pictures, edits of one]."""
-    return Scores(
-        *(np.array(figures[n].split(), float).reshape(-1, len(KINDS)) for n in Scores._fields)
-    )
+    return Scores(*(of_words(figures[name]) for name in Scores._fields))
 
 
 # --- Tables ----------------------------------------------------------------------------------
 
-Known = dict[Method, dict[float, dict[str, Any]]]
+Known = dict[Method, dict[float, Figures]]
 
 DISTANCES = {"rmse": "RMSE to the input", "shape": "distance of the shape"}  # fields of `Scores`
 PARTS = {"all": [0, 1, 2], **{kind: [i] for i, kind in enumerate(KINDS)}}
@@ -187,7 +198,7 @@ def curves_of(known: Known, distance: str = "rmse") -> dict[str, Curve]:
     return found
 
 
-def summary(figures: dict[str, Any]) -> dict[str, float]:
+def summary(figures: Figures) -> dict[str, float]:
     """What a row of the table says."""
     scores = scores_of(figures)
     return {
@@ -197,7 +208,7 @@ def summary(figures: dict[str, Any]) -> dict[str, float]:
         "rmse": float(scores.rmse.mean()),
         "shape": float(scores.shape[:, 1:].mean()),
         "to_oracle": float(scores.to_oracle.mean()),
-        "psnr": figures["psnr"],
+        "psnr": float(psnr(scores.rmse).mean()),
     }
 
 
@@ -221,8 +232,7 @@ def tables(known: Known, edits: list[Edit]) -> Iterator[str]:
     heads = {part: (f"{part} edits", 3) for part in PARTS}
     yield f"area under the curves, 0 to 1\n\n{format_table(areas, heads)}"
     if IMAGIC in known:
-        if "errors" in known[IMAGIC].get(0.0, {}):
-            yield f"reconstruction\n\n{stages(np.array(known[IMAGIC][0.0]['errors']))}"
+        yield f"reconstruction\n\n{stages(next(iter(known[IMAGIC].values())))}"
         for distance, heading in DISTANCES.items():
             curves = curves_of(known, distance)
             for other in [name for name in curves if name != IMAGIC.name]:
@@ -230,13 +240,13 @@ def tables(known: Known, edits: list[Edit]) -> Iterator[str]:
                 yield f"{title}\n\n{against(curves[IMAGIC.name], curves[other])}"
 
 
-def stages(errors: np.ndarray) -> str:
-    """errors: [edits, 3], before any training, after the first and after the second."""
-    before, first, second = errors.T
+def stages(figures: Figures) -> str:
+    """How the reconstruction error falls; figures: of any row of Imagic."""
+    before, first, second = (of_words(figures[name]) for name in STAGES)
     return (
         f"error {before.mean():.4f} before, {first.mean():.4f} after the embedding, "
         f"{second.mean():.4f} after tuning; it fell in {(first < before).mean():.1%} and in "
-        f"{(second < first).mean():.1%} of {len(errors)} edits"
+        f"{(second < first).mean():.1%} of {before.size} edits"
     )
 
 

@@ -62,6 +62,7 @@ class Design:
     guidance_scale: float = 3.0
     class_pictures: int = 50
     """That DreamBooth draws to preserve."""
+    batch_size: int = 4
     inversion_steps: int = 300
     inversion_rate: float = 1e-2
     full_steps: int = 150
@@ -172,7 +173,8 @@ def teach(way: Way, seed: int, options: Options) -> Pipeline:
     name = way.name.replace(", ", "-").replace(" ", "-").lower()
     workdir = options.runs / f"{name}-seed-{seed}"
     arguments = [way.recipe, "--model", options.model, "--workdir", str(workdir)]
-    arguments += [*way.arguments, "--seed", str(seed)]
+    arguments += [*way.arguments, "--batch-size", str(options.design.batch_size)]
+    arguments += ["--seed", str(seed)]
     subprocess.run([sys.executable, ROOT / "train.py", *arguments], check=True)
     if not way.inverted:
         return jaxsd.load(workdir / "model")

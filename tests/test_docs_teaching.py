@@ -80,8 +80,8 @@ def test_every_way_is_a_command(tmp_path):
 
 
 def test_the_measurement(tmp_path, capsys, monkeypatch):
-    design = script.Design(drawn=2, digits=2, steps=1, factors_steps=1, rank=1)
-    design = dataclasses.replace(design, targets=("attention",))
+    design = script.Design(drawn=2, digits=2, steps=1, batch_size=8, factors_steps=1)
+    design = dataclasses.replace(design, rank=1, targets=("attention",))
     trained = []
 
     def here(command, check):

@@ -10,7 +10,6 @@ does nothing else. Needs matplotlib: `pip install -e ".[docs]"`.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import distillation_plot
 import numpy as np
 import tyro
+from kept import digest
 from ship import SHIPPED
 
 import jaxsd
@@ -141,10 +141,7 @@ class Results:
 def opened(model: str, runs: Path | None) -> tuple[Any, str]:
     """(the pipeline, a digest of its UNet's weights); JaxsdError if there is no such model."""
     pipe = jaxsd.load(runs / STUDENTS[model] if runs and model in STUDENTS else model)
-    digest = hashlib.sha256()
-    for name, value in sorted(pipe.params["unet"].items()):
-        digest.update(name.encode() + np.asarray(value).tobytes())
-    return pipe, digest.hexdigest()[:16]
+    return pipe, digest(pipe.params["unet"])
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from jaxsd.components import Component
+from jaxsd.data import digits
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import (
     AutoencoderKL,
@@ -187,4 +188,13 @@ def save_pictures(folder: Path, count: int = 3) -> Path:
     """PNG files without captions."""
     for i, picture in enumerate(pictures(count)):
         Image.fromarray(to_uint8(picture)).save(folder / f"{i}.png")
+    return folder
+
+
+def save_digits_model(folder: Path) -> Path:
+    """As `save_model`, of one that draws 32x32 pictures and reads the digits' captions whole."""
+    corpus = [*digits.COLOUR_NAMES, *digits.DIGIT_WORDS, "the number digit", "on a background"]
+    words = train_tokenizer(corpus, folder.parent / "words", 800)
+    objective = text_to_image(words, unet=dataclasses.replace(LATENT_UNET, sample_size=16))
+    objective.export(parameters(objective.net), folder)
     return folder

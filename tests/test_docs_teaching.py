@@ -1,0 +1,119 @@
+"""`docs/teaching.py`: the letter's drawings, who recognises them, and the measurement."""
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tyro
+from PIL import Image
+
+from jaxsd.cli.train import Recipe
+from jaxsd.cli.train import main as train
+from jaxsd.data import digits
+from jaxsd.pictures import to_uint8
+
+sys.path.append(str(Path(__file__).parent.parent / "docs"))
+letters, recognition, script = (
+    importlib.import_module(name) for name in ("letters", "recognition", "teaching")
+)
+
+
+def rendered(scans, colours):
+    """uint8 pictures of scans, each in the (stroke, background) named."""
+    rng = np.random.default_rng(0)
+    return np.stack(
+        [
+            to_uint8(2 * digits.colour_scan(scan, rng, names)[0] - 1)
+            for scan, names in zip(scans, colours, strict=True)
+        ]
+    )
+
+
+def test_drawings_are_scans_and_differ():
+    scans = letters.draw_letters("K", 30, 0)
+    assert scans.shape == (30, 8, 8) and scans.dtype == np.float32
+    np.testing.assert_array_equal(scans * 16, np.rint(scans * 16))  # counts of 16 pixels
+    assert 0 <= scans.min() and scans.max() == 1 and 0.15 < scans.mean() < 0.4
+    assert len({scan.tobytes() for scan in scans}) == 30
+    np.testing.assert_array_equal(letters.draw_letters("K", 3, 0), scans[:3])
+    assert (letters.draw_letters("K", 3, 1) != scans[:3]).any()
+
+
+def test_the_reader_knows_what_it_was_not_shown():
+    found = recognition.held_out_accuracies("K")
+    assert found.keys() == {"digits", "letter", "others"}
+    assert min(found.values()) > 0.97
+
+
+def test_shares_of_known_pictures():
+    rng = np.random.default_rng(0)
+    pairs = [digits.draw_colours(rng) for _ in range(20)]
+    drawn = rendered(letters.draw_letters("K", 20, 9), pairs)
+    real, labels = digits.load_scans("test")
+    numbers = rendered(real[:20], pairs)
+    assert recognition.share_of_letter("K", drawn) == 1
+    assert recognition.share_of_letter("K", numbers) == 0
+    assert recognition.share_of_letter("K", rendered(letters.draw_letters("X", 20, 9), pairs)) < 0.1
+    assert recognition.share_in_colours("K", drawn, pairs) == 1
+    swapped = [(b, s) for s, b in pairs[:5]] + pairs[5:]
+    assert recognition.share_in_colours("K", drawn, swapped) == 0.75
+    wanted = [(int(labels[i]), *pairs[i]) for i in range(20)]
+    digit, right = recognition.digits_right(numbers, wanted)
+    assert digit == right > 0.9
+    wrong = [((d + 1) % 10, s, b) for d, s, b in wanted]
+    assert recognition.digits_right(numbers, wrong) == (0, 0)
+    assert recognition.digits_right(numbers, [(d, b, s) for d, s, b in wanted]) == (digit, 0)
+
+
+def test_every_way_is_a_command(tmp_path):
+    ways = script.all_ways(script.Design(), tmp_path)
+    assert ways[0].name == script.BEFORE
+    for way in ways[1:]:
+        told = [way.recipe, "--model", "digits", "--workdir", "w", *way.arguments, "--seed", "1"]
+        recipe = tyro.cli(Recipe, args=told, config=(tyro.conf.OmitArgPrefixes,))
+        assert recipe.seed == 1
+
+
+def test_the_measurement(tmp_path, capsys, monkeypatch):
+    design = script.Design(drawn=2, digits=2, steps=1, batch_size=8, factors_steps=1)
+    design = dataclasses.replace(design, rank=1, targets=("attention",))
+    trained = []
+
+    def here(command, check):
+        trained.append(command[2])
+        train(command[2:])
+
+    monkeypatch.setattr(script.subprocess, "run", here)
+    known = dict(
+        design=design,
+        seeds=(0,),
+        model=str(tiny.save_digits_model(tmp_path / "model")),
+        runs=tmp_path / "runs",
+        results=tmp_path / "r.json",
+        image=tmp_path / "t.png",
+        only=("before", "LoRA"),
+    )
+
+    def run(**changes):
+        script.main(script.Options(**known | changes))
+        return capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="goes on from here"):
+        run(minutes=-1.0)
+    out = run()
+    assert trained[0] == "lora" and len(json.loads((tmp_path / "r.json").read_text())) == 2
+    assert "| before (1 seed) " in out and "| LoRA, captions (1 seed)" in out
+    pictures = sorted((tmp_path / "runs" / "pictures" / "captioned").glob("*.png"))
+    captions = [path.with_suffix(".txt").read_text() for path in pictures]
+    assert len(pictures) == 6 and all("sks digit on a" in text for text in captions)
+    taught = np.stack([np.asarray(Image.open(path)) for path in pictures])
+    assert recognition.share_of_letter("K", taught) == 1
+    trained.clear()
+    assert run(measure=False) == out and not trained
+    with pytest.raises(SystemExit, match="--only: there are before; textual inversion, 1 vector"):
+        run(only=("cats",))

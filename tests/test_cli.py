@@ -300,6 +300,7 @@ def test_what_training_starts_from_does_not_stay_on_the_first_device(tmp_path, m
         assert pipe.decode_array(latents).shape == (1, 32, 32, 3)
 
 
+@pytest.mark.slow
 def test_evaluate_prints_json(capsys):
     arguments = ("digits-ddpm", "--count", 100, "--steps", 2, "--sampling-seeds", 2, "--json")
     status, out, _ = call(capsys, "evaluate", *arguments)

@@ -123,6 +123,7 @@ def test_two_processes_killed_and_stopped_end_with_the_same_bits(whole, tmp_path
             np.testing.assert_array_equal(np.asarray(cut[name]), np.asarray(value))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(whole, tmp_path):
     options = pair.OPTIONS
     state = training.train(pair.objective(), pair.batches, options, tmp_path, {"recipe": "digits"})
@@ -151,7 +152,7 @@ class Painter:
 
 def test_processes_share_out_the_pictures(tmp_path, monkeypatch):
     """Each under the name that it has when one process makes them all."""
-    monkeypatch.setattr(sample, "_load", lambda _: (Painter(), None))
+    monkeypatch.setattr(sample, "_load", lambda _: (Painter(), None, None))
     monkeypatch.setattr(processes, "initialize", lambda *_: None)
     monkeypatch.setattr(processes, "agree", lambda _: 0)  # the first to look finds nothing there
 

@@ -126,6 +126,7 @@ def test_an_interval_is_as_wide_as_pictures_differ():
 # --- From end to end -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_measurement(tmp_path, capsys, monkeypatch):
     script = importlib.import_module("editing")
     design = script.Design(

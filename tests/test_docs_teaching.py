@@ -79,6 +79,7 @@ def test_every_way_is_a_command(tmp_path):
         assert recipe.seed == 1
 
 
+@pytest.mark.slow
 def test_the_measurement(tmp_path, capsys, monkeypatch):
     design = script.Design(drawn=2, digits=2, steps=1, batch_size=8, factors_steps=1)
     design = dataclasses.replace(design, rank=1, targets=("attention",))
@@ -114,6 +115,6 @@ def test_the_measurement(tmp_path, capsys, monkeypatch):
     taught = np.stack([np.asarray(Image.open(path)) for path in pictures])
     assert recognition.share_of_letter("K", taught) == 1
     trained.clear()
-    assert run(measure=False) == out and not trained
+    assert run(measure=False) == out[out.index("K, from") :] and not trained
     with pytest.raises(SystemExit, match="--only: there are before; textual inversion, 1 vector"):
         run(only=("cats",))

@@ -179,6 +179,7 @@ PRIOR_OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_factors_of_unet_and_text_encoder_with_the_prior(model, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(DreamBooth, "preview", lambda self, params: None)
     asked = recipe(

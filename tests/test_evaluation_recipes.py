@@ -34,6 +34,7 @@ class Recipe(Common, PictureData, VAEEvaluation, DenoisingEvaluation):
     """Any recipe that trains on pictures."""
 
 
+@pytest.mark.slow
 def test_a_training_is_evaluated_on_its_way(tmp_path):
     objective = tiny.ddpm()
     recipe = DDPM(

@@ -157,6 +157,7 @@ def test_no_stage_knows_dropout(plain):
     assert stage.pipeline(stage.init(KEY)).unet.config.dropout == 0.3  # as the folder will say
 
 
+@pytest.mark.slow
 def test_many_pictures_with_the_same_programs(plain, picture):
     pipe, _ = plain
     before = dict(pipe.params["unet"])

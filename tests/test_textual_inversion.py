@@ -112,6 +112,7 @@ def test_only_the_rows_change_and_a_killed_training_goes_on(model, pictures, tmp
     assert np.abs(whole.params["text_encoder" + ROWS] - made.init(KEY)["text_encoder" + ROWS]).min()
 
 
+@pytest.mark.slow
 def test_the_command(model, pictures, tmp_path):
     """Its files and its folder make the same picture, and of the model the new rows are new."""
     words = ("--model", model, "--data", pictures, "--workdir", tmp_path, "--steps", 4)

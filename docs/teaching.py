@@ -65,10 +65,10 @@ class Design:
     batch_size: int = 4
     inversion_steps: int = 300
     inversion_rate: float = 1e-2
-    full_steps: int = 150
+    full_steps: int = 300
     full_rate: float = 1e-4
     factors_steps: int = 200
-    factors_rate: float = 2e-3
+    factors_rate: float = 1e-3
     rank: int = 8
     targets: tuple[str, ...] = ("attention", "feed-forward", "convs")
 

@@ -6,9 +6,9 @@ stops it. `--only SDEdit Imagic` chooses methods; `--no-measure` prints and draw
 Needs matplotlib: `pip install -e ".[docs]"`.
 
 Held-out scans, three edits of each (`edits.py`), by the shipped `digits`, in each of the ways of
-`edit_methods.py`. Imagic's settings in `Design` were chosen on training scans (`--split train`, with
-its own --results) before any of its edits of a held-out scan was looked at; the baselines' guidance
-is the usual 3, and was not tuned.
+`edit_methods.py`. Imagic's settings in `Design` were chosen on training scans (`--split train`,
+with its own --results) before any of its edits of a held-out scan was looked at; the baselines'
+guidance is the usual 3, and was not tuned.
 """
 
 import dataclasses

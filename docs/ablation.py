@@ -1,10 +1,9 @@
 """Reproduces in small the order of what Salimans & Ho 2022 (2202.00512) found of distillation.
 
 `python docs/ablation.py` trains and measures, keeps what it has in runs/ablation and in
-docs/ablation.json, so that it goes on where it was stopped, and prints the tables. The same with
-`--design.beta-schedule linear --results docs/ablation-linear.json`, on the schedule of Ho et al.
-2020: there eps has a teacher that draws well, and what fails can only be few steps. All of this was
-fixed before any result was seen; no choice was made on the held-out scans:
+docs/ablation.json, so that it goes on where it was stopped, and prints the tables.
+`--design.beta-schedule linear --results docs/ablation-linear.json` does it on the schedule of Ho et
+al. 2020. All was fixed before any result was seen; no choice was made on the held-out scans:
 
 - Data: the 1347 real scans that are for training; judged against the 450 that are held out.
 - Teachers, three seeds each: a class-conditional UNet of one resolution, 20 channels wide, trained
@@ -77,6 +76,9 @@ class Design:
     samples: int = 2000
     compared: int = 200
     """Samples whose distance to the teacher's is taken."""
+
+    def schedule(self, kind: str) -> Schedule:
+        return Schedule(beta_schedule=self.beta_schedule, prediction_type=kind)
 
     @property
     def unet(self) -> UNetConfig:
@@ -158,7 +160,7 @@ class Lab:
 
     def teacher(self, kind: str, seed: int) -> Teacher:
         design = self.design
-        objective = SeededDDPM(design.unet, schedule_of(design, kind), class_dropout=0.0)
+        objective = SeededDDPM(design.unet, design.schedule(kind), class_dropout=0.0)
         options = training.Options(
             steps=design.teacher_updates,
             batch_size=design.batch_size,
@@ -216,10 +218,6 @@ class Lab:
         return state.ema
 
 
-def schedule_of(design: Design, kind: str) -> Schedule:
-    return Schedule(beta_schedule=design.beta_schedule, prediction_type=kind)
-
-
 def one_stage_updates(design: Design) -> int:
     """Updates of one long stage that cost the network passes of all that halve."""
     halving = len(jumps.stages(design.start_steps, 1)) * design.stage_updates * (2 + 3)
@@ -256,8 +254,7 @@ def curves(kind: str) -> list[Curve]:
 class Artist:
     """Draws with networks of one kind: its programs stay compiled."""
 
-    def __init__(self, design: Design):
-        self._design = design
+    def __init__(self):
         self._lent: dict[tuple[str, bool], Lending] = {}
 
     def draw(
@@ -265,7 +262,7 @@ class Artist:
     ) -> Iterator[Drawn]:
         """Sample i is of digit i % 10; Diverged if not finite."""
         kind = teacher.schedule.prediction_type
-        schedule = jumps.student_schedule(schedule_of(self._design, kind))
+        schedule = jumps.student_schedule(teacher.schedule)
         schedule = dataclasses.replace(schedule, clip_sample=clipped)
         lent = self._lent.setdefault(
             (kind, clipped),
@@ -389,7 +386,7 @@ def cell(rows: list[Row | None], key: str, decimals: int) -> str:
 def main(options: Options) -> None:
     design, results = options.design, Results(options.results, options.design)
     if options.measure:
-        lab, artist = Lab(design, options.workdir), Artist(design)
+        lab, artist = Lab(design, options.workdir), Artist()
         for seed in design.seeds:
             for kind in options.kinds:
                 measure_seed(kind, seed, lab, artist, results)

@@ -1,12 +1,15 @@
 """Pictures in and out: files and PIL images to arrays, and small things done with pixels."""
 
+import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from jaxsd.errors import JaxsdError
 
@@ -129,3 +132,19 @@ def tile(pictures: np.ndarray | Sequence[np.ndarray], columns: int | None = None
 def to_uint8(pictures: np.ndarray) -> np.ndarray:
     """From [-1, 1] to 0 ... 255, clipped and rounded."""
     return np.round(np.clip(np.asarray(pictures) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def write_png(
+    picture: Image.Image | np.ndarray, path: Path, notes: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes a PIL image or uint8 array, whole or not at all, with `notes` as PNG text chunks."""
+    from jaxsd.weights.files import replacing  # processes that decode do without it
+
+    info = PngInfo()
+    for name, value in (notes or {}).items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        info.add_itxt(name, text)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+    return path

@@ -300,6 +300,7 @@ def test_every_student_of_every_model(words, xl, kind):
     assert loss > 0 and sum(metrics.values()) == pytest.approx(4 * float(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_from_cached_latents_in_bfloat16_and_in_parts(words):
     """What `encode` writes serves students as pictures do, whatever saves memory on the way."""
     base, teacher, batch = latents(words, xl=False)

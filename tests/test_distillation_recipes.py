@@ -151,6 +151,7 @@ def test_a_dry_run_names_the_stages(teachers, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_students_are_measured_by_what_they_draw(teachers, tmp_path):
     words = ("--model", teachers["v_prediction"], "--start-steps", 2, "--workdir", tmp_path)
     train("progressive", *words, "--eval-every", 4, "--eval-samples", 10)

@@ -95,6 +95,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_stopped_end_with_the_same_bits(whole, tmp_path):
     with Pair(tmp_path, explicitly(), pause_at=5) as both:
         both.wait_for_step(5)

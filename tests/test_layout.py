@@ -26,7 +26,7 @@ ALLOWED = {
     "families": ("errors", "models", "diffusion.schedule"),
     "prompts": (),
     "tokenizer": ("errors", "prompts"),
-    "pictures": ("errors",),
+    "pictures": ("errors", "weights.files"),
     "tiling": (),
     "weights": ("errors", "nn"),
     "sharding": ("errors", "nn"),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxsd import __version__
 from jaxsd.cli.several import Several, split
 from jaxsd.cli.together import NAMES, Together
 from jaxsd.errors import JaxsdError
@@ -118,7 +119,7 @@ def run(options: Options) -> list[Path]:
     import numpy as np
 
     from jaxsd import processes
-    from jaxsd.pictures import tile
+    from jaxsd.pictures import tile, write_png
     from jaxsd.previews import previewer
 
     _check(options)
@@ -283,26 +284,8 @@ def _notes(options: Options, sampler: str) -> dict[str, Any]:
     noted = {name: value for name, value in values.items() if name not in NOT_NOTED}
     # By identity: a guidance scale of 0 equals False, and says much.
     said = {n: value for n, value in noted.items() if value is not None and value is not False}
-    return {name: value for name, value in said.items() if value != ()}
-
-
-def write_png(picture: Any, path: Path, notes: dict[str, Any]) -> Path:
-    """Writes a PIL image or uint8 array, whole or not at all, with `notes` as PNG text chunks."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    from jaxsd import __version__
-    from jaxsd.weights.files import replacing
-
-    info = PngInfo()
-    info.add_text("Software", f"jaxsd {__version__}")
-    for name, value in notes.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        info.add_itxt(name, text)
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
-    return path
+    told = {name: value for name, value in said.items() if value != ()}
+    return {"Software": f"jaxsd {__version__}", **told}
 
 
 def _check(options: Options) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from jaxsd.data.folder import SUFFIXES
 from jaxsd.errors import JaxsdError
+from jaxsd.pictures import write_png
 from jaxsd.pipeline import Pipeline
-from jaxsd.weights.files import replacing
 
 NAME = re.compile(r"class-(\d{5,})\.png")  # of those that were drawn
 
@@ -73,16 +72,9 @@ def draw(
         full = [*batch, *[batch[0]] * (how.batch_size - len(batch))]  # one program for all
         images = pipe(how.prompt, [int(seeds[i]) for i in full], how.steps, how.guidance_scale)
         for number, image in zip(batch, images, strict=False):
-            _write(image, folder / f"class-{number:05}.png", how.prompt, int(seeds[number]))
+            notes = {"prompt": how.prompt, "seed": int(seeds[number])}
+            write_png(image, folder / f"class-{number:05}.png", notes)
         progress(len(batch))
-
-
-def _write(image: Image.Image, path: Path, prompt: str, seed: int) -> None:
-    notes = PngInfo()
-    notes.add_itxt("prompt", prompt)
-    notes.add_text("seed", str(seed))
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=notes)
 
 
 def _prompt_of(path: Path) -> str | None:

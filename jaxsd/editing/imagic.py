@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsd import pictures
 from jaxsd.diffusion.denoise import Conditioning
+from jaxsd.editing.mixing import lerp
 from jaxsd.errors import JaxsdError
 from jaxsd.families import size_unit
 from jaxsd.objectives.imagic import new_edit
@@ -94,12 +95,11 @@ def mix(edit: Edit, eta: float | Sequence[float]) -> Conditioning:
     if etas.ndim != 1 or not np.isfinite(etas).all():
         raise JaxsdError(f"eta is a number, or several, not {eta}")
 
-    def between(name: str) -> jax.Array:
-        target, optimised = edit.target[name], edit.optimised[name]
-        share = etas.reshape(-1, *[1] * (target.ndim - 1))
-        return jnp.asarray(share * target + (1 - share) * optimised)
-
-    return {name: between(name) for name in edit.target}
+    picture, prompt = (
+        {name: jnp.repeat(jnp.asarray(array), len(etas), 0) for name, array in told.items()}
+        for told in (edit.optimised, edit.target)
+    )
+    return lerp(picture, prompt, etas.tolist())
 
 
 def sample(

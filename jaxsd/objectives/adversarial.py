@@ -16,7 +16,7 @@ from jaxsd.diffusion.denoise import Conditioning
 from jaxsd.diffusion.jumps import Level
 from jaxsd.models.discriminator import FeatureDiscriminator
 from jaxsd.nn import Net, Params
-from jaxsd.objectives.distillation import Teacher, ask
+from jaxsd.objectives.distillation import Teacher, with_scale
 
 PREFIX = "discriminator."  # of its parameters' names, among those that are trained
 
@@ -54,16 +54,16 @@ class Critic:
         """
         z, start, end = path
         own = {name: params[PREFIX + name] for name in self.net.shapes}
+        unet = self.teacher.net
+        told = with_scale(unet, told, scale)
 
         def seen(z: jax.Array, level: Level) -> jax.Array:
-            net, dtype = self.teacher.net, self.dtype
-            return ask(net, backbone, z, level.t, told, scale, dtype, method="features")
+            return unet(backbone, z.astype(self.dtype), level.t, method="features", **told)
 
         origin, real, made = seen(z, start), seen(ends[0], end), seen(ends[1], end)
 
         def judged(own: Params, features: jax.Array) -> jax.Array:
-            both = (x.astype(self.dtype) for x in (origin, features))
-            return self.net(own, *both).astype(jnp.float32)
+            return self.net(own, origin, features).astype(jnp.float32)
 
         fooled = jax.nn.softplus(-judged(jax.lax.stop_gradient(own), made)).mean()
         on_real, on_made = judged(own, real), judged(own, jax.lax.stop_gradient(made))

@@ -41,6 +41,15 @@ def takes_scale(net: Net) -> bool:
     return getattr(net.config, "time_cond_proj_dim", None) is not None
 
 
+def with_scale(net: Net, told: Conditioning, scale: jax.Array | None) -> Conditioning:
+    """What a network is told, the guidance scale [b] among it if it hears of that."""
+    if not takes_scale(net):
+        return told
+    assert scale is not None
+    w = guidance_scale_embedding(scale - 1, net.config.time_cond_proj_dim)
+    return told | {"timestep_cond": w}
+
+
 def ask(
     net: Net,
     params: Params,
@@ -49,18 +58,10 @@ def ask(
     told: Conditioning,
     scale: jax.Array | None,
     dtype: str = "float32",
-    method: str = "__call__",
 ) -> jax.Array:
-    """A network's prediction, float32 [b, h, w, c], without dropout. scale: [b], of guidance.
-
-    method: "features" for what leaves the middle of a UNet, instead.
-    """
-    if takes_scale(net):
-        assert scale is not None
-        w = guidance_scale_embedding(scale - 1, net.config.time_cond_proj_dim)
-        told = told | {"timestep_cond": w}
-    part: dict[str, Any] = {} if method == "__call__" else {"method": method}
-    return net(params, z.astype(dtype), t, **told, **part).astype(jnp.float32)
+    """A network's prediction, float32 [b, h, w, c], without dropout. scale: [b], of guidance."""
+    told = with_scale(net, told, scale)
+    return net(params, z.astype(dtype), t, **told).astype(jnp.float32)
 
 
 def ask_teacher(

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsd import processes
 from jaxsd.errors import JaxsdError
+from jaxsd.pictures import write_png
 from jaxsd.training.workdir import writing
 from jaxsd.weights import read_json, write_json
 from jaxsd.weights.files import replacing
@@ -71,10 +72,7 @@ class Pictures(Tracker):
         self._folder = folder
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        from PIL import Image
-
-        with replacing(self._folder / f"{name}_{step:07}.png") as temporary:
-            Image.fromarray(picture).save(temporary, format="png")
+        write_png(picture, self._folder / f"{name}_{step:07}.png")
 
 
 class TensorBoard(Tracker):

@@ -143,6 +143,7 @@ UNET_BLOCKS = (
 )
 
 
+@pytest.mark.slow
 def test_sd1_agrees_in_both_dtypes(sd1, capsys, bfloat16):
     status, out, err = call(capsys, sd1, "--steps", 2, "--json")
     assert (status, err) == (0, "")
@@ -256,6 +257,7 @@ def test_down_to_the_layer(sd1, tmp_path, capsys):
     assert marked[0] == name and "text_model.embeddings.token_embedding" not in marked
 
 
+@pytest.mark.slow
 def test_a_trajectory_departs(sd1, tmp_path, bfloat16):
     copy = damaged(sd1, tmp_path / "damaged", "unet", "conv_out.weight", by=3.0)
     report = comparing.compare(

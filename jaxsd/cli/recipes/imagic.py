@@ -207,10 +207,8 @@ class Imagic(ImagicOptions):
             print(file, flush=True)
 
     def _strip(self) -> str:
-        from PIL import Image
-
         from jaxsd.editing import imagic
-        from jaxsd.weights.files import replacing
+        from jaxsd.pictures import write_png
 
         edited = imagic.load_edit(self.workdir)
         picture = imagic.strip(
@@ -222,9 +220,7 @@ class Imagic(ImagicOptions):
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt,
         )
-        with replacing(self.workdir / STRIP) as temporary:
-            Image.fromarray(picture).save(temporary, format="png")
-        return str(self.workdir / STRIP)
+        return str(write_png(picture, self.workdir / STRIP))
 
 
 def _goal(target: float | None) -> str | None:

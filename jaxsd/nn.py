@@ -21,6 +21,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxsd import kernels
+
 Params = dict[str, jax.Array]
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -94,15 +96,8 @@ class Conv2d(nnx.Module):
         self.bias = parameter((outputs,), zeros) if bias else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        # Transposed here, because XLA's CPU backend has a fast convolution for this order of axes
-        # only, and puts others into it outside of loops only: ten times slower inside them.
-        x = jax.lax.conv_general_dilated(
-            x,
-            self.weight[...].astype(x.dtype).transpose(2, 3, 1, 0),
-            window_strides=(self.stride, self.stride),
-            padding=self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        weight = self.weight[...].astype(x.dtype)
+        x = kernels.convolution(x, weight, self.stride, self.padding)
         return x if self.bias is None else x + _last_axis(self.bias, x)
 
 
@@ -267,13 +262,9 @@ def attention(
     heads: int,
     causal: bool = False,
 ) -> Float[Array, "b t hd"]:
-    """softmax(q k^T / sqrt(d)) v for each head; the one place where a backend is chosen."""
+    """softmax(q k^T / sqrt(d)) v for each head, the heads side by side in the last axis."""
     split = [x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v)]  # [b, t, h, d]
-    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":
-        # which has no product of float16 that is summed in float32
-        split = [x.astype(jnp.float32) for x in split]
-    with jax.numpy_dtype_promotion("standard"):  # of bfloat16's scores to float32, inside
-        x = jax.nn.dot_product_attention(*split, is_causal=causal)
+    x = kernels.attention(*split, causal=causal)
     return checkpoint_name(x.reshape(q.shape).astype(q.dtype), "attention")
 
 

@@ -20,7 +20,8 @@ MODULES = {
 # What a part of the package may import of the package, besides itself.
 ALLOWED = {
     "errors": (),
-    "nn": (),
+    "kernels": (),
+    "nn": ("kernels",),
     "models": ("errors", "nn"),
     "diffusion": ("errors", "models.config"),
     "families": ("errors", "models", "diffusion.schedule"),

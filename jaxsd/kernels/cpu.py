@@ -1,0 +1,139 @@
+"""Forms for XLA's CPU backend, whose matrix product is fast and whose other kernels are not.
+
+All of it is plain JAX: products of plain matrices, in pieces that fit the caches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+# Rows of queries at a time: as many as make scores of this size with all keys.
+SCORES = 1 << 21
+
+
+def attends_in_blocks(shape: tuple[int, ...], keys: int) -> bool:
+    """Whether scores are so many that to hold them all costs more than a loop over blocks."""
+    b, t, h, _ = shape
+    return t * keys >= 1 << 16 and b * h * t * keys >= 1 << 20
+
+
+def attention(
+    q: Float[Array, "b t h d"], k: Float[Array, "b s h d"], v: Float[Array, "b s h d"]
+) -> Float[Array, "b t h d"]:
+    """Some queries of one head at a time, with all keys.
+
+    The scores of one block are all that exist at once, in gradients too, which compute them again.
+    (Over several devices it is computed on each: real ones are not CPUs.)
+    """
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * h, x.shape[1], d) for x in (q, k, v))
+    rows = min(t, 1 << max(0, (SCORES // k.shape[1]).bit_length() - 1))
+    count = -(-t // rows)
+    q = jnp.pad(q * np.asarray(d**-0.5, q.dtype), ((0, 0), (0, count * rows - t), (0, 0)))
+    k = k.transpose(0, 2, 1)
+
+    @jax.checkpoint
+    def block(i: jax.Array) -> jax.Array:
+        head, start = i // count, i % count * rows
+        queries = jax.lax.dynamic_slice(q, (head, start, 0), (1, rows, d))[0]
+        scores = (queries @ k[head]).astype(jnp.float32)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        return ((weights.astype(v.dtype) @ v[head]).astype(jnp.float32) / total).astype(v.dtype)
+
+    blocks = jax.lax.map(block, jnp.arange(b * h * count))
+    return blocks.reshape(b, h, count * rows, d)[:, :, :t].transpose(0, 2, 1, 3)
+
+
+def convolution_form(shape: tuple[int, ...], dtype: Any, weight: jax.Array) -> Callable | None:
+    """What computes a 3x3 convolution of this shape fastest, or None: the compiler's own does."""
+    b, h, w, inputs = shape
+    if dtype != jnp.float32 or min(inputs, len(weight)) < 128:
+        return None
+    if b * h * w > 1 << 17 and len(weight) <= 128:  # moving the pixels costs more than it saves
+        return None
+    # The weights of few pixels and many channels are more than the pixels: they are left as they
+    # lie, and the pixels are put in their order.
+    return gathered if b * h * w <= 1024 else winograd
+
+
+def gathered(
+    x: Float[Array, "b h w i"], weight: Float[Array, "o i 3 3"]
+) -> Float[Array, "b h w o"]:
+    """As one matrix product: each pixel's neighbourhood, in the order of torch's kernels."""
+    b, h, w, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    around = [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    rows = jnp.stack(around, -1).reshape(b * h * w, -1)
+    return (rows @ weight.reshape(len(weight), -1).T).reshape(b, h, w, -1)
+
+
+# Lavin & Gray 2015 (1509.09308), F(2x2, 3x3): the kernel's transform, and how inputs and outputs
+# are combined is written out below, for it is all additions.
+_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+
+
+def _tiles(pixels: int) -> int:
+    """Tiles times channels that are transformed at a time.
+
+    Small pictures as they are, nearly; of large ones, which come from memory, what caches hold.
+    """
+    return 1 << (21 if pixels <= 1 << 14 else 18)
+
+
+def winograd(
+    x: Float[Array, "b h w i"], weight: Float[Array, "o i 3 3"]
+) -> Float[Array, "b h w o"]:
+    """Sixteen products for four pixels, where the definition has thirty-six.
+
+    In bands of rows, so that what is transformed stays in the caches and small.
+    """
+    b, h, w, inputs = x.shape
+    outputs = len(weight)
+    down, across = -(-h // 2), -(-w // 2)
+    band = max(1, min(down, _tiles(b * h * w) // (b * across * (inputs + outputs))))
+    bands = -(-down // band)
+    band = -(-down // bands)  # as equal as can be
+    below = 2 * band * bands - h
+    x = jnp.pad(x, ((0, 0), (1, 1 + below), (1, 1 + w % 2), (0, 0)))
+    kernels = _transformed(weight)
+
+    def one(i: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(x, 2 * band * i, 2 * band + 2, 1)
+        tile = [
+            [part[:, r : r + 2 * band : 2, c : c + 2 * across : 2] for c in range(4)]
+            for r in range(4)
+        ]
+        rows = [_spread(*column) for column in zip(*tile, strict=True)]  # of each column
+        spread = [_spread(*row) for row in zip(*rows, strict=True)]
+        flat = [[s.reshape(-1, inputs) for s in row] for row in spread]
+        products = [[flat[r][c] @ kernels[4 * r + c].T for c in range(4)] for r in range(4)]
+        pairs = [_gather(*column) for column in zip(*products, strict=True)]
+        pixels = [jnp.stack(_gather(*row), 1) for row in zip(*pairs, strict=True)]
+        y = jnp.stack(pixels, 1).reshape(b, band, across, 2, 2, outputs)
+        return y.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * band, 2 * across, outputs)
+
+    if bands == 1:
+        return one(jnp.int32(0))[:, :h, :w]
+    y = jax.lax.map(one, jnp.arange(bands)).swapaxes(0, 1)
+    return y.reshape(b, -1, 2 * across, outputs)[:, :h, :w]
+
+
+def _transformed(weight: Float[Array, "o i 3 3"]) -> Float[Array, "16 o i"]:
+    matrix = np.einsum("ai,bj->abij", _KERNEL, _KERNEL).reshape(16, 9)
+    flat = weight.reshape(-1, 9)
+    return jax.lax.dot_general(matrix, flat, (((1,), (1,)), ((), ()))).reshape(
+        16, *weight.shape[:2]
+    )
+
+
+def _spread(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, ...]:
+    return a - c, b + c, c - b, b - d
+
+
+def _gather(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, ...]:
+    return a + b + c, b - c - d

@@ -1,0 +1,107 @@
+"""The forms of `jaxsd.kernels` against PyTorch: sizes that divide, and sizes that do not.
+
+Tolerance 2e-5, as for every layer; gradients against the plain form, 2e-5 too.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch_reference import nchw, nhwc, normal, relative_error
+
+from jaxsd import kernels
+from jaxsd.kernels import cpu
+
+TOLERANCE = 2e-5
+
+
+def torch_attention(q, k, v):
+    split = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
+    return torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).numpy()
+
+
+def attention_inputs(b, t, s, h, d):
+    return normal(b, t, h, d), normal(b, s, h, d), normal(b, s, h, d)
+
+
+# One block, several, queries that fill the last block in part, and one block for a whole head.
+@pytest.mark.parametrize("t, s, scores", [(96, 96, 1 << 30), (96, 96, 1536), (90, 17, 272)])
+def test_attention_in_blocks(t, s, scores, monkeypatch):
+    monkeypatch.setattr(cpu, "SCORES", scores)
+    q, k, v = attention_inputs(2, t, s, 3, 8)
+    ours = cpu.attention(*map(jnp.asarray, (q * 5, k, v)))
+    assert relative_error(ours, torch_attention(q * 5, k, v)) <= TOLERANCE
+
+
+def test_the_gradient_of_attention_in_blocks(monkeypatch):
+    monkeypatch.setattr(cpu, "SCORES", 512)
+    inputs = [jnp.asarray(x) for x in attention_inputs(2, 50, 32, 2, 8)]
+    looked = normal(2, 50, 2, 8)
+
+    def gradients(form):
+        return jax.grad(lambda *x: (form(*x) * looked).sum(), argnums=(0, 1, 2))(*inputs)
+
+    for ours, plain in zip(
+        gradients(cpu.attention), gradients(jax.nn.dot_product_attention), strict=True
+    ):
+        assert relative_error(ours, np.asarray(plain)) <= TOLERANCE
+
+
+def test_scores_are_not_held_at_once(monkeypatch):
+    """Stable Diffusion's largest attention: the scores alone would be 2 GiB."""
+    shape = jax.ShapeDtypeStruct((2, 4096, 8, 40), jnp.float32)
+    monkeypatch.setattr(kernels, "platform", lambda: "cpu")
+    compiled = jax.jit(kernels.attention).lower(shape, shape, shape).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 100 * 2**20
+
+
+@pytest.mark.parametrize("form", [cpu.gathered, cpu.winograd])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (5, 5), (12, 6)])
+@pytest.mark.parametrize("tiles", [1 << 20, 200])
+def test_convolutions(form, size, tiles, monkeypatch):
+    monkeypatch.setattr(cpu, "_tiles", lambda pixels: tiles)
+    x, weight = normal(2, *size, 6), normal(5, 6, 3, 3)
+    expected = torch.nn.functional.conv2d(nchw(x), torch.from_numpy(weight), padding=1)
+    assert relative_error(form(jnp.asarray(x), jnp.asarray(weight)), nhwc(expected)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("form", [cpu.gathered, cpu.winograd])
+def test_the_gradients_of_convolutions(form, monkeypatch):
+    monkeypatch.setattr(cpu, "_tiles", lambda pixels: 200)
+    x, weight = normal(2, 9, 8, 6), normal(5, 6, 3, 3)
+    looked = normal(2, 9, 8, 5)
+    tensors = nchw(x).requires_grad_(), torch.from_numpy(weight).requires_grad_()
+    out = torch.nn.functional.conv2d(*tensors, padding=1)
+    (out * nchw(looked)).sum().backward()
+    ours = jax.grad(lambda *a: (form(*a) * looked).sum(), argnums=(0, 1))(
+        jnp.asarray(x), jnp.asarray(weight)
+    )
+    assert relative_error(ours[0], nhwc(tensors[0].grad)) <= TOLERANCE
+    assert relative_error(ours[1], tensors[1].grad.numpy()) <= TOLERANCE
+
+
+# Few pixels, many, many of few channels; and what is left to the compiler: few channels.
+@pytest.mark.parametrize("shape, outputs", [((1, 8, 8), 128), ((2, 24, 24), 128)])
+def test_every_form_through_the_layer(shape, outputs):
+    x, weight = normal(*shape, 128), normal(outputs, 128, 3, 3)
+    form = cpu.convolution_form(x.shape, x.dtype, jnp.asarray(weight))
+    assert form is (cpu.gathered if shape[1] == 8 else cpu.winograd)
+    expected = torch.nn.functional.conv2d(nchw(x), torch.from_numpy(weight), padding=1)
+    ours = kernels.convolution(jnp.asarray(x), jnp.asarray(weight), 1, ((1, 1), (1, 1)))
+    assert relative_error(ours, nhwc(expected)) <= TOLERANCE
+
+
+def test_what_is_left_to_the_compiler():
+    few = jnp.zeros((64, 128, 3, 3))
+    assert cpu.convolution_form((2, 24, 24, 128), jnp.float32, few) is None
+    many = jnp.zeros((128, 128, 3, 3))
+    assert cpu.convolution_form((2, 24, 24, 128), jnp.bfloat16, many) is None
+    assert cpu.convolution_form((1, 512, 512, 128), jnp.float32, many) is None
+
+
+def test_what_a_program_is_for():
+    assert kernels.platform() == jax.default_backend()
+    with kernels.compiling_for("tpu"):
+        assert kernels.platform() == "tpu"
+    assert kernels.platform() == jax.default_backend()

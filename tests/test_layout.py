@@ -70,6 +70,7 @@ ALLOWED = {
         "diffusion",
         "errors",
         "families",
+        "kernels",
         "model",
         "models",
         "nn",

@@ -61,9 +61,14 @@ def test_scores_are_not_held_at_once(monkeypatch):
 @pytest.mark.parametrize("tiles", [1 << 20, 200])
 def test_convolutions(form, size, tiles, monkeypatch):
     monkeypatch.setattr(cpu, "_tiles", lambda pixels: tiles)
-    x, weight = normal(2, *size, 6), normal(5, 6, 3, 3)
-    expected = torch.nn.functional.conv2d(nchw(x), torch.from_numpy(weight), padding=1)
-    assert relative_error(form(jnp.asarray(x), jnp.asarray(weight)), nhwc(expected)) <= TOLERANCE
+    x, weight, bias = normal(2, *size, 6), normal(5, 6, 3, 3), normal(5)
+    for b in (None, bias):
+        ours = form(jnp.asarray(x), jnp.asarray(weight), None if b is None else jnp.asarray(b))
+        bias_there = None if b is None else torch.from_numpy(b)
+        expected = torch.nn.functional.conv2d(
+            nchw(x), torch.from_numpy(weight), bias_there, padding=1
+        )
+        assert relative_error(ours, nhwc(expected)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("form", [cpu.gathered, cpu.winograd])
@@ -74,7 +79,7 @@ def test_the_gradients_of_convolutions(form, monkeypatch):
     tensors = nchw(x).requires_grad_(), torch.from_numpy(weight).requires_grad_()
     out = torch.nn.functional.conv2d(*tensors, padding=1)
     (out * nchw(looked)).sum().backward()
-    ours = jax.grad(lambda *a: (form(*a) * looked).sum(), argnums=(0, 1))(
+    ours = jax.grad(lambda *a: (form(*a, None) * looked).sum(), argnums=(0, 1))(
         jnp.asarray(x), jnp.asarray(weight)
     )
     assert relative_error(ours[0], nhwc(tensors[0].grad)) <= TOLERANCE
@@ -88,7 +93,7 @@ def test_every_form_through_the_layer(shape, outputs):
     form = cpu.convolution_form(x.shape, x.dtype, jnp.asarray(weight))
     assert form is (cpu.gathered if shape[1] == 8 else cpu.winograd)
     expected = torch.nn.functional.conv2d(nchw(x), torch.from_numpy(weight), padding=1)
-    ours = kernels.convolution(jnp.asarray(x), jnp.asarray(weight), 1, ((1, 1), (1, 1)))
+    ours = kernels.convolution(jnp.asarray(x), jnp.asarray(weight), None, 1, ((1, 1), (1, 1)))
     assert relative_error(ours, nhwc(expected)) <= TOLERANCE
 
 

@@ -26,7 +26,10 @@ def platform() -> str:
 
 @contextlib.contextmanager
 def compiling_for(name: str) -> Iterator[None]:
-    """Programs traced in this context are for another platform than this process computes on."""
+    """Programs traced in this context are for another platform than this process computes on.
+
+    For "any" attention and convolution are JAX's own, which every platform can compute.
+    """
     token = _platform.set(name)
     try:
         yield

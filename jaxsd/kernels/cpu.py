@@ -53,15 +53,13 @@ def convolution_form(shape: tuple[int, ...], dtype: Any, weight: jax.Array) -> C
     """What computes a 3x3 convolution of this shape fastest, or None: the compiler's own does."""
     b, h, w, inputs = shape
     pixels, channels = b * h * w, min(inputs, len(weight))
-    if dtype != jnp.float32 or channels < 128:
+    if dtype != jnp.float32 or channels < 192:
         return None
     if pixels <= 1024:
         # The weights are more than the pixels: they stay as they lie, and the pixels are put in
         # their order.
         return gathered
     if pixels < 8 * channels:  # transformed weights would cost more than they save
-        return None
-    if pixels > 1 << 17 and len(weight) <= 128:  # so would moving the pixels
         return None
     return winograd
 

@@ -55,7 +55,7 @@ def convolution_form(shape: tuple[int, ...], dtype: Any, weight: jax.Array) -> C
     pixels, channels = b * h * w, min(inputs, len(weight))
     if dtype != jnp.float32 or channels < 192:
         return None
-    if pixels <= 1024:
+    if pixels <= channels:
         # The weights are more than the pixels: they stay as they lie, and the pixels are put in
         # their order.
         return gathered

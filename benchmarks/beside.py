@@ -5,7 +5,8 @@ python benchmarks/beside.py --model sd1 --parts text unet decode
 Each side has a process of its own, and they work in turns. Printed are ratios of jaxsd to the peer
 (below 1 is faster, or smaller): median, least and most over the turns, with what each needs to
 start. Weights are random, written once by diffusers; what both say of the same input is compared,
-so that the work is the same. On a GPU: --dtype bfloat16 --peers eager compile.
+so that the work is the same. On a GPU: --dtype bfloat16 --peers eager compile --batches 1 4 16.
+First call includes compiling; with --cold nothing is there that was compiled before.
 """
 
 import contextlib
@@ -38,7 +39,8 @@ class Options:
     peers: tuple[Literal["eager", "compile"], ...] = ("eager",)
     """diffusers, channels last: as it is, or by torch.compile."""
     size: int = 512
-    batch: int = 1
+    batches: tuple[int, ...] = (1,)
+    """Pictures at a time: 1 is for latency, more for throughput."""
     steps: int = 50
     """Of whole pictures."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -94,7 +96,9 @@ class Side:
         raise SystemExit(f"{self.name} ended with status {self._process.wait()}")
 
 
-def measure(options: Options, folder: str, part: Part, scratch: Path) -> list[dict[str, Any]]:
+def measure(
+    options: Options, folder: str, part: Part, batch: int, scratch: Path
+) -> list[dict[str, Any]]:
     """A row for each peer."""
     names = ("jaxsd", *options.peers)
     cache = scratch / "programs"
@@ -103,12 +107,14 @@ def measure(options: Options, folder: str, part: Part, scratch: Path) -> list[di
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "error",
     }
     with contextlib.ExitStack() as stack:
         sides: dict[str, Side] = {}
         for name in names:
             out = str(scratch / f"{part}-{name}.npy")
-            work = Work(folder, part, options.batch, options.size, options.steps, options.dtype,
+            work = Work(folder, part, batch, options.size, options.steps, options.dtype,
                         options.remat, options.threads, out)  # fmt: skip
             sides[name] = Side(name, work, environment)
             stack.callback(sides[name].kill)
@@ -123,7 +129,7 @@ def measure(options: Options, folder: str, part: Part, scratch: Path) -> list[di
         peer = sides[name]
         ratios = np.asarray(ours.seconds) / np.asarray(peer.seconds)
         row = {
-            "part": part, "peer": name, "device": ours.start["device"],
+            "part": part, "batch": batch, "peer": name, "device": ours.start["device"],
             "ratio": [float(np.median(ratios)), float(ratios.min()), float(ratios.max())],
             "seconds": {n: float(np.median(sides[n].seconds)) for n in ("jaxsd", name)},
             "first": {n: first[n] for n in ("jaxsd", name)},
@@ -133,9 +139,9 @@ def measure(options: Options, folder: str, part: Part, scratch: Path) -> list[di
             "difference": _difference(ours.out, peer.out) if part in COMPARED else None,
         }  # fmt: skip
         if flops is not None:
-            row["tflop"] = flops / 1e12
-        if flops is not None and (peak := peak_flops(row["device"])):
-            row["share_of_peak"] = flops / row["seconds"]["jaxsd"] / peak
+            rate = flops / row["seconds"]["jaxsd"]
+            peak = peak_flops(row["device"])
+            row |= {"tflop": flops / 1e12, "share_of_peak": peak and rate / peak}
         rows.append(row)
     return rows
 
@@ -149,19 +155,22 @@ def _difference(ours: str, theirs: str) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     device = rows[0]["device"]
     lines = [
-        f"| jaxsd / peer, {device} | time | range | memory | first call | import | load | differ |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| jaxsd / peer, {device} | batch | time | range | of peak | memory | first call | import "
+        "| load | differ |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         middle, low, high = row["ratio"]
-        differ = "–" if row["difference"] is None else f"{row['difference']:.0e}"
-        shares = [
-            row[what]["jaxsd"] / max(row[what][row["peer"]], 1e-9)
+        ratios = " | ".join(
+            f"{row[what]['jaxsd'] / max(row[what][row['peer']], 1e-9):.2f}"
             for what in ("memory", "first", "import", "load")
-        ]
-        shown = " | ".join(f"{share:.2f}" for share in shares)
-        name = f"{row['part']}, {row['peer']}"
-        lines.append(f"| {name} | {middle:.2f} | {low:.2f} – {high:.2f} | {shown} | {differ} |")
+        )
+        differ = "–" if row["difference"] is None else f"{row['difference']:.0e}"
+        share = f"{row['share_of_peak']:.0%}" if row.get("share_of_peak") else "–"
+        lines.append(
+            f"| {row['part']}, {row['peer']} | {row['batch']} | {middle:.2f} | {low:.2f} – {high:.2f}"
+            f" | {share} | {ratios} | {differ} |"
+        )
     return "\n".join(lines)
 
 
@@ -176,7 +185,10 @@ def main(options: Options) -> None:
                 write(FAMILIES[options.model], place)
             folder = str(place)
         rows = [
-            row for part in options.parts for row in measure(options, folder, part, Path(scratch))
+            row
+            for part in options.parts
+            for batch in options.batches
+            for row in measure(options, folder, part, batch, Path(scratch))
         ]
     print(table(rows))
     if options.json is not None:

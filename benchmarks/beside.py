@@ -168,8 +168,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         differ = "–" if row["difference"] is None else f"{row['difference']:.0e}"
         share = f"{row['share_of_peak']:.0%}" if row.get("share_of_peak") else "–"
         lines.append(
-            f"| {row['part']}, {row['peer']} | {row['batch']} | {middle:.2f} | {low:.2f} – {high:.2f}"
-            f" | {share} | {ratios} | {differ} |"
+            f"| {row['part']}, {row['peer']} | {row['batch']} | {middle:.2f} "
+            f"| {low:.2f} – {high:.2f} | {share} | {ratios} | {differ} |"
         )
     return "\n".join(lines)
 

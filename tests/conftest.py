@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     # Programs run once or twice on tiny arrays: compiling them is what takes the time
     + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -93,7 +93,7 @@ class Options(Together):
 
     batch_size: int | None = None
     """Pictures at a time, with --prompts-file on each device; by default 4 of 512 px or more, up to
-    64 of smaller ones."""
+    32 of smaller ones."""
     vae_tile: int = 0
     """Decode in tiles with this side in latents (64, say): large pictures in little memory."""
     preview_every: int = 0

@@ -71,7 +71,7 @@ def draw_prompts(options: Options) -> list[Path]:
     if len(paths) > 1 and jax.process_count() == 1:
         columns = options.num_images if options.num_images > 1 else None
         grid = options.out / f"{number:05}-grid.png"
-        notes = {"prompts": list(prompts), "seed": options.seed, **session.notes()}
+        notes = {"prompts": list(prompts), "seed": options.seed, **session.notes}
         paths.append(write_png(tile(arrays, columns), grid, notes))
     return paths
 

@@ -63,7 +63,7 @@ def draw_file(options: Options) -> Drawn:
     processes.first(lambda: [*scan(file)])  # refused before a model is loaded
     session = model.load(options)
     chunks = processes.first(lambda: _survey(session, file))
-    said = session.notes() | {
+    said = session.notes | {
         name: getattr(session.options, name) for name in ("num_images", "seed", "height", "width")
     }
     del said["Software"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxsd import denoising, pictures
+from jaxsd import denoising, kernels, pictures
 from jaxsd.conditioning import Sizes, class_labels
 from jaxsd.denoising import Inputs, Start
 from jaxsd.diffusion import samplers
@@ -34,11 +34,14 @@ class Networks(Model):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        options = kernels.compiler_options()
         self._compiled_noise = jax.jit(samplers.initial_noise, static_argnums=1)
-        self._compiled_denoise = jax.jit(self._loop, static_argnames=("schedule", "sampler"))
-        self._compiled_predict = jax.jit(self._predict)
-        self._compiled_decode = jax.jit(self._decode)
-        self._compiled_encode = jax.jit(self._encode)
+        self._compiled_denoise = jax.jit(
+            self._loop, static_argnames=("schedule", "sampler"), compiler_options=options
+        )
+        self._compiled_predict = jax.jit(self._predict, compiler_options=options)
+        self._compiled_decode = jax.jit(self._decode, compiler_options=options)
+        self._compiled_encode = jax.jit(self._encode, compiler_options=options)
         self._compiled_lora = jax.jit(lora.apply)
 
     def encode(

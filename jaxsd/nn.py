@@ -97,8 +97,8 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         weight = self.weight[...].astype(x.dtype)
-        x = kernels.convolution(x, weight, self.stride, self.padding)
-        return x if self.bias is None else x + _last_axis(self.bias, x)
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        return kernels.convolution(x, weight, bias, self.stride, self.padding)
 
 
 class GroupNorm(nnx.Module):
@@ -111,9 +111,11 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y - self._group_mean(y)
-        y = y * jax.lax.rsqrt(self._group_mean(jnp.square(y)) + self.eps)
-        return (y * _last_axis(self.weight, y) + _last_axis(self.bias, y)).astype(x.dtype)
+        mean = self._group_mean(y)
+        variance = self._group_mean(jnp.square(y - mean))
+        # As y a + b: with y - mean used again, compilers would keep it, as large as x.
+        scale = jax.lax.rsqrt(variance + self.eps) * _last_axis(self.weight, y)
+        return (y * scale + (_last_axis(self.bias, y) - mean * scale)).astype(x.dtype)
 
     def _group_mean(self, x: jax.Array) -> jax.Array:
         """[b, ..., c] -> [b, 1 ..., c]: each channel's group mean.

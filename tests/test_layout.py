@@ -75,6 +75,7 @@ ALLOWED = {
         "diffusion",
         "errors",
         "families",
+        "kernels",
         "model",
         "models",
         "nn",

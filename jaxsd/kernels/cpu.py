@@ -52,24 +52,28 @@ def attention(
 def convolution_form(shape: tuple[int, ...], dtype: Any, weight: jax.Array) -> Callable | None:
     """What computes a 3x3 convolution of this shape fastest, or None: the compiler's own does."""
     b, h, w, inputs = shape
-    if dtype != jnp.float32 or min(inputs, len(weight)) < 128:
+    pixels, channels = b * h * w, min(inputs, len(weight))
+    if dtype != jnp.float32 or channels < 192:
         return None
-    if b * h * w > 1 << 17 and len(weight) <= 128:  # moving the pixels costs more than it saves
+    if pixels <= channels:
+        # The weights are more than the pixels: they stay as they lie, and the pixels are put in
+        # their order.
+        return gathered
+    if pixels < 8 * channels:  # transformed weights would cost more than they save
         return None
-    # The weights of few pixels and many channels are more than the pixels: they are left as they
-    # lie, and the pixels are put in their order.
-    return gathered if b * h * w <= 1024 else winograd
+    return winograd
 
 
 def gathered(
-    x: Float[Array, "b h w i"], weight: Float[Array, "o i 3 3"]
+    x: Float[Array, "b h w i"], weight: Float[Array, "o i 3 3"], bias: Float[Array, " o"] | None
 ) -> Float[Array, "b h w o"]:
     """As one matrix product: each pixel's neighbourhood, in the order of torch's kernels."""
     b, h, w, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     around = [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
     rows = jnp.stack(around, -1).reshape(b * h * w, -1)
-    return (rows @ weight.reshape(len(weight), -1).T).reshape(b, h, w, -1)
+    y = rows @ weight.reshape(len(weight), -1).T
+    return (y if bias is None else y + bias[None]).reshape(b, h, w, -1)
 
 
 # Lavin & Gray 2015 (1509.09308), F(2x2, 3x3): the kernel's transform, and how inputs and outputs
@@ -86,7 +90,7 @@ def _tiles(pixels: int) -> int:
 
 
 def winograd(
-    x: Float[Array, "b h w i"], weight: Float[Array, "o i 3 3"]
+    x: Float[Array, "b h w i"], weight: Float[Array, "o i 3 3"], bias: Float[Array, " o"] | None
 ) -> Float[Array, "b h w o"]:
     """Sixteen products for four pixels, where the definition has thirty-six.
 
@@ -114,7 +118,10 @@ def winograd(
         products = [[flat[r][c] @ kernels[4 * r + c].T for c in range(4)] for r in range(4)]
         pairs = [_gather(*column) for column in zip(*products, strict=True)]
         pixels = [jnp.stack(_gather(*row), 1) for row in zip(*pairs, strict=True)]
-        y = jnp.stack(pixels, 1).reshape(b, band, across, 2, 2, outputs)
+        y = jnp.stack(pixels, 1)
+        if bias is not None:  # here: added afterwards, it would be a second copy of all pixels
+            y = y + bias.reshape(1, 1, 1, -1)
+        y = y.reshape(b, band, across, 2, 2, outputs)
         return y.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * band, 2 * across, outputs)
 
     if bands == 1:

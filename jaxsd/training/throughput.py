@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxsd import processes
+from jaxsd import kernels, processes
 
 # Dense bf16 FLOP/s with float32 sums, of what JAX calls a device, from the makers' data sheets.
 # (A TPU v2 or v3 chip is two devices.) The first pattern that is found in the device's kind counts.
@@ -56,9 +56,11 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
     A multiplication and an addition are two. Zeros of padding count, those between the entries of a
     dilated input do not, so the gradient of a layer takes twice what the layer takes. A scan counts
     as often as it runs, a Pallas kernel as often as its grid says, the costliest branch of a
-    condition once, and the body of a `while`, whose length no one knows, once.
+    condition once, and the body of a `while`, whose length no one knows, once. Attention and
+    convolutions count as they are defined, in whatever form a platform computes them.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    with kernels.compiling_for("any"):
+        return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> float:

@@ -3,6 +3,8 @@
 Tolerance 2e-5, as for every layer; gradients against the plain form, 2e-5 too.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +63,14 @@ def test_scores_are_not_held_at_once(monkeypatch):
 @pytest.mark.parametrize("tiles", [1 << 20, 200])
 def test_convolutions(form, size, tiles, monkeypatch):
     monkeypatch.setattr(cpu, "_tiles", lambda pixels: tiles)
-    x, weight = normal(2, *size, 6), normal(5, 6, 3, 3)
-    expected = torch.nn.functional.conv2d(nchw(x), torch.from_numpy(weight), padding=1)
-    assert relative_error(form(jnp.asarray(x), jnp.asarray(weight)), nhwc(expected)) <= TOLERANCE
+    x, weight, bias = normal(2, *size, 6), normal(5, 6, 3, 3), normal(5)
+    for b in (None, bias):
+        ours = form(jnp.asarray(x), jnp.asarray(weight), None if b is None else jnp.asarray(b))
+        bias_there = None if b is None else torch.from_numpy(b)
+        expected = torch.nn.functional.conv2d(
+            nchw(x), torch.from_numpy(weight), bias_there, padding=1
+        )
+        assert relative_error(ours, nhwc(expected)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("form", [cpu.gathered, cpu.winograd])
@@ -74,30 +81,30 @@ def test_the_gradients_of_convolutions(form, monkeypatch):
     tensors = nchw(x).requires_grad_(), torch.from_numpy(weight).requires_grad_()
     out = torch.nn.functional.conv2d(*tensors, padding=1)
     (out * nchw(looked)).sum().backward()
-    ours = jax.grad(lambda *a: (form(*a) * looked).sum(), argnums=(0, 1))(
+    ours = jax.grad(lambda *a: (form(*a, None) * looked).sum(), argnums=(0, 1))(
         jnp.asarray(x), jnp.asarray(weight)
     )
     assert relative_error(ours[0], nhwc(tensors[0].grad)) <= TOLERANCE
     assert relative_error(ours[1], tensors[1].grad.numpy()) <= TOLERANCE
 
 
-# Few pixels, many, many of few channels; and what is left to the compiler: few channels.
-@pytest.mark.parametrize("shape, outputs", [((1, 8, 8), 128), ((2, 24, 24), 128)])
+@pytest.mark.parametrize("shape, outputs", [((1, 8, 8), 192), ((2, 32, 32), 192)])
 def test_every_form_through_the_layer(shape, outputs):
-    x, weight = normal(*shape, 128), normal(outputs, 128, 3, 3)
+    x, weight = normal(*shape, 192), normal(outputs, 192, 3, 3)
     form = cpu.convolution_form(x.shape, x.dtype, jnp.asarray(weight))
     assert form is (cpu.gathered if shape[1] == 8 else cpu.winograd)
     expected = torch.nn.functional.conv2d(nchw(x), torch.from_numpy(weight), padding=1)
-    ours = kernels.convolution(jnp.asarray(x), jnp.asarray(weight), 1, ((1, 1), (1, 1)))
+    ours = kernels.convolution(jnp.asarray(x), jnp.asarray(weight), None, 1, ((1, 1), (1, 1)))
     assert relative_error(ours, nhwc(expected)) <= TOLERANCE
 
 
 def test_what_is_left_to_the_compiler():
-    few = jnp.zeros((64, 128, 3, 3))
-    assert cpu.convolution_form((2, 24, 24, 128), jnp.float32, few) is None
-    many = jnp.zeros((128, 128, 3, 3))
-    assert cpu.convolution_form((2, 24, 24, 128), jnp.bfloat16, many) is None
-    assert cpu.convolution_form((1, 512, 512, 128), jnp.float32, many) is None
+    def form(shape, outputs, dtype=jnp.float32):
+        return cpu.convolution_form(shape, dtype, jnp.zeros((outputs, shape[-1], 3, 3)))
+
+    assert form((2, 32, 32, 192), 64) is None  # few channels
+    assert form((2, 32, 32, 192), 192, jnp.bfloat16) is None
+    assert form((2, 32, 32, 640), 640) is None  # weights that are large beside the pixels
 
 
 def test_what_a_program_is_for():
@@ -105,3 +112,44 @@ def test_what_a_program_is_for():
     with kernels.compiling_for("tpu"):
         assert kernels.platform() == "tpu"
     assert kernels.platform() == jax.default_backend()
+
+
+@pytest.mark.parametrize(
+    "kind, capability, dtype, channels, flash",
+    [
+        ("NVIDIA H200", "9.0", "bfloat16", 40, True),
+        ("NVIDIA H200", "9.0", "bfloat16", 160, True),
+        ("NVIDIA A100-SXM4-80GB", "8.0", "bfloat16", 160, False),
+        ("NVIDIA A100-SXM4-80GB", "8.0", "float16", 64, True),
+        ("NVIDIA A100-SXM4-80GB", "8.0", "float32", 64, False),
+        ("Tesla V100-SXM2-16GB", "7.0", "float16", 64, False),
+        ("AMD Instinct MI300X", "gfx942", "bfloat16", 64, False),
+    ],
+)
+def test_what_cudnn_is_asked_for(kind, capability, dtype, channels, flash, monkeypatch):
+    """Read off jax's own conditions; a GPU to run it on is for `pytest -m gpu`."""
+    gpu = SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    asked = []
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda q, *_, implementation, **__: asked.append(implementation) or q,
+    )
+    q = jnp.zeros((1, 256, 2, channels), dtype)
+    with kernels.compiling_for("gpu"):
+        kernels.attention(q, q, q)
+        kernels.attention(q[:, :8], q[:, :8], q[:, :8])  # too little to be worth it
+    assert asked == ["cudnn" if flash else None, None]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [40, 64, 80, 160])
+@pytest.mark.parametrize("keys", [77, 1024])
+def test_attention_on_a_gpu(channels, keys):
+    """bfloat16 against float32: 2e-2 of the largest, what rounding to 8 bits allows."""
+    q, k, v = attention_inputs(2, 1024, keys, 4, channels)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    expected = torch_attention(*(np.asarray(x, np.float32) for x in half))
+    ours = jax.jit(kernels.attention)(*half).astype(jnp.float32)
+    assert relative_error(ours, expected) <= 2e-2

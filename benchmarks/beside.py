@@ -1,0 +1,200 @@
+"""What jaxsd costs beside diffusers, on the same device in the same run.
+
+python benchmarks/beside.py --model sd1 --parts text unet decode
+
+Each side has a process of its own, and they work in turns. Printed are ratios of jaxsd to the peer
+(below 1 is faster, or smaller): median, least and most over the turns, with what each needs to
+start. Weights are random, written once by diffusers; what both say of the same input is compared,
+so that the work is the same. On a GPU: --dtype bfloat16 --peers eager compile --batches 1 4 16.
+First call includes compiling; with --cold nothing is there that was compiled before.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from sides import Work
+
+from jaxsd.families import FAMILIES
+from jaxsd.training.throughput import peak_flops
+
+COMPARED = ("text", "unet", "decode")  # which begin with the same, and draw nothing
+Part = Literal["text", "unet", "decode", "image", "train"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    model: str = "sd1"
+    """A family of jaxsd/families.py, of random weights, or a diffusers folder."""
+    parts: tuple[Part, ...] = ("text", "unet", "decode")
+    """Text encoding, a UNet step with guidance, decoding, whole pictures, a training step."""
+    peers: tuple[Literal["eager", "compile"], ...] = ("eager",)
+    """diffusers, channels last: as it is, or by torch.compile."""
+    size: int = 512
+    batches: tuple[int, ...] = (1,)
+    """Pictures at a time: 1 is for latency, more for throughput."""
+    steps: int = 50
+    """Of whole pictures."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    remat: Literal["none", "selective", "full"] = "full"
+    """Of training, what is computed twice; in torch all of it, or nothing."""
+    rounds: int = 5
+    threads: int = os.cpu_count() or 1
+    """Of the peer, on CPU."""
+    cold: bool = False
+    """Have jaxsd compile, with an empty cache, instead of loading what it compiled before."""
+    folder: Path | None = None
+    """Where the random weights are kept for the next time."""
+    json: Path | None = None
+    """Where to write the figures."""
+
+
+class Side:
+    """A process of sides.py."""
+
+    def __init__(self, name: str, work: Work, environment: dict[str, str]):
+        command = [sys.executable, str(Path(__file__).with_name("sides.py")), name]
+        self.name, self.out, self.seconds = name, work.out, []
+        self._process = subprocess.Popen(
+            [*command, json.dumps(dataclasses.asdict(work))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        self.start = self._read()
+
+    def once(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._read()["seconds"]
+
+    def end(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        memory = self._read()
+        self._process.wait()
+        return memory
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{self.name} ended with status {self._process.wait()}")
+
+
+def measure(
+    options: Options, folder: str, part: Part, batch: int, scratch: Path
+) -> list[dict[str, Any]]:
+    """A row for each peer."""
+    names = ("jaxsd", *options.peers)
+    cache = scratch / "programs"
+    if not options.cold:  # what it compiles is kept from one process to the next
+        cache = Path.home() / ".cache" / "jaxsd" / "programs"
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Side] = {}
+        for name in names:
+            out = str(scratch / f"{part}-{name}.npy")
+            work = Work(folder, part, batch, options.size, options.steps, options.dtype,
+                        options.remat, options.threads, out)  # fmt: skip
+            sides[name] = Side(name, work, environment)
+            stack.callback(sides[name].kill)
+        first = {name: side.once() for name, side in sides.items()}
+        for _ in range(options.rounds):
+            for side in sides.values():
+                side.seconds.append(side.once())
+        memory = {name: side.end() for name, side in sides.items()}
+    ours, rows = sides["jaxsd"], []
+    flops = ours.start["flops"]
+    for name in options.peers:
+        peer = sides[name]
+        ratios = np.asarray(ours.seconds) / np.asarray(peer.seconds)
+        row = {
+            "part": part, "batch": batch, "peer": name, "device": ours.start["device"],
+            "ratio": [float(np.median(ratios)), float(ratios.min()), float(ratios.max())],
+            "seconds": {n: float(np.median(sides[n].seconds)) for n in ("jaxsd", name)},
+            "first": {n: first[n] for n in ("jaxsd", name)},
+            "import": {n: sides[n].start["import"] for n in ("jaxsd", name)},
+            "load": {n: sides[n].start["load"] for n in ("jaxsd", name)},
+            "memory": {n: memory[n]["peak"] for n in ("jaxsd", name)},
+            "difference": _difference(ours.out, peer.out) if part in COMPARED else None,
+        }  # fmt: skip
+        if flops is not None:
+            rate = flops / row["seconds"]["jaxsd"]
+            peak = peak_flops(row["device"])
+            row |= {"tflop": flops / 1e12, "share_of_peak": peak and rate / peak}
+        rows.append(row)
+    return rows
+
+
+def _difference(ours: str, theirs: str) -> float:
+    """The most that results differ, as a share of the largest."""
+    a, b = np.load(ours), np.load(theirs)
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    device = rows[0]["device"]
+    lines = [
+        f"| jaxsd / peer, {device} | batch | time | range | of peak | memory | first call | import "
+        "| load | differ |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        middle, low, high = row["ratio"]
+        ratios = " | ".join(
+            f"{row[what]['jaxsd'] / max(row[what][row['peer']], 1e-9):.2f}"
+            for what in ("memory", "first", "import", "load")
+        )
+        differ = "–" if row["difference"] is None else f"{row['difference']:.0e}"
+        share = f"{row['share_of_peak']:.0%}" if row.get("share_of_peak") else "–"
+        lines.append(
+            f"| {row['part']}, {row['peer']} | {row['batch']} | {middle:.2f} "
+            f"| {low:.2f} – {high:.2f} | {share} | {ratios} | {differ} |"
+        )
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model
+        if options.model in FAMILIES:
+            from random_model import write
+
+            place = options.folder or Path(scratch) / "model"
+            if not (place / "model_index.json").exists():
+                write(FAMILIES[options.model], place)
+            folder = str(place)
+        rows = [
+            row
+            for part in options.parts
+            for batch in options.batches
+            for row in measure(options, folder, part, batch, Path(scratch))
+        ]
+    print(table(rows))
+    if options.json is not None:
+        settings = dataclasses.asdict(options) | {"folder": None, "json": None}
+        options.json.write_text(json.dumps({"options": settings, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

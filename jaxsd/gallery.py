@@ -31,19 +31,22 @@ def claim(folder: Path, settings: dict[str, Any], prompts: Path) -> int:
     JaxsdError if the folder holds pictures of other settings or lines. What a killed run left of
     unfinished files is removed.
     """
-    file = folder / FILE
-    known = read_json(file) if file.exists() else None
+    file, drawn = folder / FILE, None
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if PICTURE.fullmatch(entry.name):
+                drawn = entry.name
+            elif UNFINISHED.fullmatch(entry.name):
+                (folder / entry.name).unlink(missing_ok=True)
+    if drawn and not file.exists():
+        raise JaxsdError(f"{folder} holds pictures such as {drawn}, and no {FILE} that says how "
+                         "they were made: take another --out")  # fmt: skip
+    known = read_json(file) if drawn else None  # what has drawn nothing may have been refused
     lines = 0 if known is None else known.get("lines", 0)
     scan = prompt_files.scan(prompts, lines)
     settings = json.loads(json.dumps(settings))  # as it comes back from the file
     if known is not None:
         _compare(known, settings, scan, folder, prompts)
-    for name in _names(folder):
-        if known is None and PICTURE.fullmatch(name):
-            raise JaxsdError(f"{folder} holds pictures such as {name}, and no {FILE} that says how "
-                             "they were made: take another --out")  # fmt: skip
-        if UNFINISHED.fullmatch(name):
-            (folder / name).unlink(missing_ok=True)
     write_json(file, {"settings": settings, "lines": scan.count, "digest": scan.digest})
     return scan.count
 
@@ -71,8 +74,3 @@ def _compare(
 
 def _said(value: Any) -> str:
     return "not set" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _names(folder: Path):
-    with os.scandir(folder) as entries:
-        yield from (entry.name for entry in entries)

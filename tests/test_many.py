@@ -193,6 +193,7 @@ def test_text_and_negative_prompts_on_several_devices(tmp_path, monkeypatch):
 def test_processes_share_the_file_out(prompts, tmp_path, monkeypatch):
     draw(prompts, tmp_path / "one")
     monkeypatch.setattr(processes, "agree", lambda value: value)
+    monkeypatch.setattr(processes, "wait_for_all", lambda what: None)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     counts = []
     for index in range(2):
@@ -267,6 +268,14 @@ def test_other_settings_are_refused(others, said, prompts, tmp_path):
     with pytest.raises(JaxsdError, match=said):
         draw(prompts, out, **others)
     assert draw(prompts, out).images == 0
+
+
+def test_a_folder_without_pictures_is_anyones(prompts, tmp_path):
+    """A mistake that is found late must not claim the folder."""
+    out = tmp_path / "out"
+    with pytest.raises(JaxsdError, match="magic"):
+        draw(prompts, out, sampler="magic")
+    assert draw(prompts, out).images == 13
 
 
 def test_other_lines_are_refused(prompts, tmp_path):

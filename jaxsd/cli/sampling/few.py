@@ -41,13 +41,14 @@ def draw_prompts(options: Options) -> list[Path]:
         from jaxsd.previews import previewer
 
         preview = previewer(pipe, options.preview_with)
+    last = session.last if preview else 0
 
     def started() -> Iterator[tuple[int, list[Job], Any, list[np.ndarray]]]:
         for rank, batch in mine:
             frames: list[np.ndarray] = []
 
             def look(i: int, t: float, latents: Any, frames=frames) -> None:
-                if (i + 1) % options.preview_every == 0 or i + 1 == session.last:
+                if (i + 1) % options.preview_every == 0 or i + 1 == last:
                     assert preview is not None
                     frames.append(preview(latents))
 

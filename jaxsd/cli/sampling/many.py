@@ -79,7 +79,10 @@ def draw_file(options: Options) -> Drawn:
     rank, ranks = jax.process_index(), jax.process_count()
     share = itertools.islice(_jobs(session, file), rank, None, ranks)
     with tqdm(total=len(range(rank, total, ranks)), unit=" images", disable=None) as bar:
-        return _draw(session, share, size, chunks, bar)
+        drawn = _draw(session, share, size, chunks, bar)
+    if ranks > 1:  # where the first one leaves, the others are ended
+        processes.wait_for_all("pictures drawn")
+    return drawn
 
 
 def _draw(session: Session, share: Iterator[Job], size: int, chunks: int, bar: tqdm) -> Drawn:

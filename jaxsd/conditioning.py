@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jaxsd.errors import JaxsdError
 from jaxsd.models import UNet2DConfig, UNetConfig, class_input
 from jaxsd.nn import Net, Params
+from jaxsd.sharding import split_rows
 from jaxsd.tokenizer import Tokenizer
 from jaxsd.weights import lora
 from jaxsd.weights.lora import Live
@@ -62,10 +64,12 @@ class TextEncoder:
         chunks: int = 1,
         loras: Sequence[Live] = (),
         lora_scales: Sequence[float] | np.ndarray = (),
+        rows: NamedSharding | None = None,
     ) -> dict[str, jax.Array]:
         """The conditioning of each prompt; one too long for the chunks is cut, with a warning.
 
-        loras: what changes each tower; their scales are values, as the prompts are.
+        loras: what changes each tower; their scales are values, as the prompts are. rows: how
+        prompts are split over devices.
         """
         layers = min(net.config.num_hidden_layers for net in self.towers) - self.pooled
         if not 0 <= clip_skip < layers:
@@ -77,6 +81,7 @@ class TextEncoder:
             ids, weights = tokenizer.weighted(unique, length, chunks)
             tokens.append((ids[places], weights[places]))
         given = np.array([prompt is not None or not self.zero_empty for prompt in prompts])
+        tokens, given = split_rows((tokens, given), rows)
         live, scales = list(loras) or [{}] * len(self.towers), np.asarray(lora_scales, np.float32)
         states, projected = self._compiled(
             list(params), live, scales, tokens, given, clip_skip=clip_skip

@@ -215,4 +215,8 @@ def told_scale(
         raise JaxsdError(NO_UNCOND)
     size = config.time_cond_proj_dim
     assert size is not None
-    return cond | {"timestep_cond": guidance_scale_embedding(jnp.asarray(scales) - 1, size)}
+    return cond | {"timestep_cond": _embedded(scales - 1, size)}
+
+
+# As one program: op by op, there would be one for each
+_embedded = jax.jit(guidance_scale_embedding, static_argnums=1)

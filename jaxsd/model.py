@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxsd import sharding
 from jaxsd.components import Component, make_net
 from jaxsd.conditioning import TextEncoder
 from jaxsd.diffusion import samplers
@@ -21,7 +25,8 @@ class Model:
     """The parts of a model.
 
     `schedule` may be replaced at any time: dataclasses.replace(pipe.schedule, ...). `vae_tile`, if
-    not 0, is the side of the latent tiles in which larger pictures are encoded and decoded.
+    not 0, is the side of the latent tiles in which larger pictures are encoded and decoded. `rows`
+    is how the rows of batches are split over devices, if they are (`spread`).
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Model:
         vae_tile: int = 0,
     ):
         self.schedule, self.vae_tile = schedule, vae_tile
+        self.rows: NamedSharding | None = None
         parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
         self.components = {"unet": unet} | {name: c for name, c in parts.items() if c}
         words = {"tokenizer": tokenizer, "tokenizer_2": tokenizer_2}
@@ -148,6 +154,20 @@ class Model:
                 f"a ControlNet for pictures {downscale} times as large as the latents; this "
                 f"model's are {self._downscale} times"
             )
+
+    def spread(self, mesh: Mesh) -> None:
+        """From now on each device of this process's mesh computes its share of a batch's rows.
+
+        Each has all weights. Batches whose rows the devices do not divide are computed by one.
+        """
+        whole = NamedSharding(mesh, sharding.WHOLE)
+
+        def everywhere(part: Component) -> Component:
+            return dataclasses.replace(part, params=jax.device_put(part.params, whole))
+
+        self.rows = NamedSharding(mesh, sharding.ROWS)
+        self.components = {name: everywhere(part) for name, part in self.components.items()}
+        self.controlnets = tuple(map(everywhere, self.controlnets))
 
     # --- What is added to it ---
 

@@ -22,6 +22,7 @@ from jaxsd.errors import JaxsdError
 from jaxsd.families import latent_shape
 from jaxsd.model import Model
 from jaxsd.nn import Params
+from jaxsd.sharding import split_rows
 from jaxsd.tiling import tiled
 from jaxsd.weights import lora
 
@@ -67,6 +68,7 @@ class Networks(Model):
             chunks,
             [self._live[name] for name in self._towers],
             _one_or_each(self.lora_scales, len(self.loras), "lora_scales"),
+            self.rows,
         )
         if self.xl:
             ids = self.size_ids(self.default_size) if size_ids is None else size_ids
@@ -112,7 +114,7 @@ class Networks(Model):
             default[1] if width is None else width,
             self.schedule.pictures_predicted,
         )
-        return self._compiled_noise(_keys(seeds), shape)
+        return split_rows(self._compiled_noise(_keys(seeds), shape), self.rows)
 
     def denoise(
         self,
@@ -181,7 +183,7 @@ class Networks(Model):
         if denoising_start is not None:
             x = latents
         elif start is None or (blend is not None and strength == 1):
-            x = latents * grid.init_scale
+            x = latents if grid.init_scale == 1 else latents * grid.init_scale
         else:
             x = grid.alpha[first] * start.latents + grid.sigma[first] * latents
         history = tuple(jnp.zeros_like(x) for _ in range(samplers.SAMPLERS[name].remembers))
@@ -275,7 +277,7 @@ class Networks(Model):
 
     def decode(self, latents: jax.Array) -> list[Image.Image]:
         """PIL images from latents (from pixels in [-1, 1], for a pixel model)."""
-        return [_to_pil(picture) for picture in self.decode_array(latents)]
+        return [pictures.to_pil(picture) for picture in self.decode_array(latents)]
 
     def decode_array(self, latents: jax.Array) -> np.ndarray:
         """As `decode`, but a uint8 array [n, h, w, c]."""
@@ -283,13 +285,17 @@ class Networks(Model):
 
     def decode_pixels(self, latents: jax.Array) -> np.ndarray:
         """What `decode_array` clips to [-1, 1] and rounds: float32 [n, h, w, c]."""
+        return np.asarray(self.start_decoding(latents))
+
+    def start_decoding(self, latents: jax.Array) -> jax.Array | np.ndarray:
+        """As `decode_pixels`, but of an array that need not be there yet, except with tiles."""
         params = self.params["vae"] if self.vae else {}
 
         def decode(part: Any) -> np.ndarray:
             return np.asarray(self._compiled_decode(params, part))
 
         if self.vae is None or not self.vae_tile:
-            return decode(latents)
+            return self._compiled_decode(params, latents)
         return tiled(decode, np.asarray(latents), self.vae_tile, self._downscale)
 
     # --- The compiled parts ---
@@ -322,7 +328,11 @@ def _keys(seeds: Sequence[int]) -> jax.Array:
         raise JaxsdError("give at least one seed: there is an image for each")
     if any(not 0 <= seed < 2**32 for seed in seeds):
         raise JaxsdError("seeds must be from 0 to 4294967295")
-    return jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds, np.uint32)))
+    return _compiled_keys(np.asarray(seeds, np.uint32))
+
+
+# As one program: op by op, there would be one for each
+_compiled_keys = jax.jit(jax.vmap(jax.random.key))
 
 
 def _one_or_each(values: float | Sequence[float], count: int, name: str) -> np.ndarray:
@@ -339,7 +349,3 @@ def _computable(params: Params, x: jax.Array) -> tuple[Params, jax.Array]:
     dtype = next(iter(params.values())).dtype
     dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
     return {name: p.astype(dtype) for name, p in params.items()}, x.astype(dtype)
-
-
-def _to_pil(picture: np.ndarray) -> Image.Image:
-    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)

@@ -134,17 +134,25 @@ def to_uint8(pictures: np.ndarray) -> np.ndarray:
     return np.round(np.clip(np.asarray(pictures) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
+def to_pil(picture: np.ndarray) -> Image.Image:
+    """A PIL image, RGB or grey, of a uint8 array [h, w, 3 or 1]."""
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+
+
 def write_png(
     picture: Image.Image | np.ndarray, path: Path, notes: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes a PIL image or uint8 array, whole or not at all, with `notes` as PNG text chunks."""
+    """Writes a picture, whole or not at all, with `notes` as PNG text chunks.
+
+    picture: a PIL image, or uint8 [h, w, 3 or 1].
+    """
     from jaxsd.weights.files import replacing  # processes that decode do without it
 
     info = PngInfo()
     for name, value in (notes or {}).items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         info.add_itxt(name, text)
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image = picture if isinstance(picture, Image.Image) else to_pil(picture)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
     return path

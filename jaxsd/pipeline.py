@@ -40,13 +40,42 @@ class Pipeline(Networks):
         seeds: int | Sequence[int] = 0,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         *,
         refiner: "Pipeline | None" = None,
         refiner_start: float = 0.8,
         **options: Any,
     ) -> list[Image.Image]:
         """PIL images, one for each seed: `sample`, which tells the other options, and `decode`.
+
+        refiner, refiner_start: see `start`.
+        """
+        request = dict(
+            prompts=prompts,
+            seeds=seeds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
+        started = self.start(**request, refiner=refiner, refiner_start=refiner_start, **options)
+        return [pictures.to_pil(picture) for picture in pictures.to_uint8(np.asarray(started))]
+
+    def start(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        *,
+        refiner: "Pipeline | None" = None,
+        refiner_start: float = 0.8,
+        **options: Any,
+    ) -> jax.Array | np.ndarray:
+        """What a call rounds to pictures (`pictures.to_uint8`): float32 [n, h, w, c].
+
+        It returns when all is under way: jax computes while the caller does something else, until
+        it looks at the array.
 
         refiner: a second model (Stable Diffusion XL's refiner) that takes the latents over at the
         share `refiner_start` of the schedule. It hears of prompts, guidance and sizes, not of
@@ -60,7 +89,7 @@ class Pipeline(Networks):
             negative_prompt=negative_prompt,
         )
         if refiner is None:
-            return self.decode(self.sample(**request, **options))
+            return self.start_decoding(self.sample(**request, **options))
         kept = {name: options[name] for name in HANDED_OVER if name in options}
         if options.get("mask") is not None:
             kept |= {"image": options["image"], "mask": options["mask"]}
@@ -69,7 +98,7 @@ class Pipeline(Networks):
         refiner.plan_steps(name, steps, denoising_start=refiner_start)  # refused before any work
         half = self.sample(**request, **options, denoising_end=refiner_start)
         latents = refiner.sample(**request, **kept, latents=half, denoising_start=refiner_start)
-        return refiner.decode(latents)
+        return refiner.start_decoding(latents)
 
     def sample(
         self,
@@ -77,7 +106,7 @@ class Pipeline(Networks):
         seeds: int | Sequence[int] = 0,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         *,
         cond: Conditioning | None = None,
         sampler: str | None = None,
@@ -259,7 +288,7 @@ def _rows_like(
     return {name: jnp.broadcast_to(value, wanted[name]) for name, value in cond.items()}
 
 
-def _one_each(text: str | Sequence[str] | None, count: int, name: str) -> list[Any]:
+def _one_each(text: str | Sequence[str | None] | None, count: int, name: str) -> list[Any]:
     texts = [text] * count if text is None or isinstance(text, str) else list(text)
     if len(texts) == 1:
         texts = texts * count

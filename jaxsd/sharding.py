@@ -233,6 +233,14 @@ def split(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
+def split_rows(tree: Any, rows: NamedSharding | None) -> Any:
+    """Splits what one process has of each array's rows; whole where they do not divide, or None."""
+    if rows is None:
+        return tree
+    pieces = math.prod(rows.mesh.shape.values())
+    return jax.tree.map(lambda a: a if len(a) % pieces else jax.device_put(a, rows), tree)
+
+
 def filled(rows: np.ndarray, count: int) -> np.ndarray:
     """Rows, the first one repeated at the end up to `count`: one program does for all batches."""
     return np.concatenate([rows, np.repeat(rows[:1], count - len(rows), axis=0)])

@@ -8,10 +8,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from jaxsd import clip_words
 from jaxsd.errors import JaxsdError
 from jaxsd.prompts import parse_weights
 
@@ -26,28 +26,25 @@ class Tokenizer:
     """The tokenizer of a `tokenizer/` folder (vocab.json and merges.txt, or tokenizer.json)."""
 
     def __init__(self, folder: str | Path):
-        # Imported here: transformers takes a second, and pixel models need no tokenizer.
-        from transformers import CLIPTokenizer
-
         self.folder, self._origin = Path(folder), None
         names = {path.name for path in self.folder.glob("*")}
         if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):
             raise JaxsdError(f"{self.folder}: needs vocab.json and merges.txt, or tokenizer.json")
         try:
-            # Any, because the class takes its methods from whichever backend is installed
-            self._tokenizer: Any = CLIPTokenizer.from_pretrained(
-                str(self.folder), local_files_only=True
-            )
+            self._words, self._special = clip_words.read(self.folder)
         except Exception as error:  # the libraries raise whatever their parsers raise
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise JaxsdError(f"{self.folder}: not a CLIP tokenizer ({first})") from None
+        self._start, self._end, self._pad = (
+            self._words.get_vocab()[self._special[name]] for name in ("bos", "eos", "pad")
+        )
 
     def __len__(self) -> int:
-        return len(self._tokenizer)
+        return self._words.get_vocab_size()
 
     @property
     def eos_token_id(self) -> int:
-        return int(self._tokenizer.eos_token_id)
+        return self._end
 
     def __call__(self, prompts: Sequence[str], length: int = 77) -> np.ndarray:
         """Ids, int32 [n, length]: start, tokens, end, then padding.
@@ -86,7 +83,10 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text's tokens, without start and end."""
-        return self._tokenizer(self._expanded(text), verbose=False)["input_ids"][1:-1]
+        return self._ids(self._expanded(text))
+
+    def _ids(self, text: str) -> list[int]:
+        return self._words.encode(text, add_special_tokens=False).ids
 
     def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
         """A tokenizer that also knows these words, whose ids follow those of all others.
@@ -94,22 +94,21 @@ class Tokenizer:
         Of <cat>, <cat>_1, <cat>_2, ... the first alone in a prompt stands for all of them, as in
         diffusers. JaxsdError if one of the words is a token already.
         """
-        vocabulary = self._tokenizer.get_vocab()
+        vocabulary = self._words.get_vocab()
         if known := [token for token in (*tokens, f"{tokens[0]}_1") if token in vocabulary]:
             raise JaxsdError(f"{known[0]!r} is a token already: choose another")
         other = copy.copy(self)
         other._origin = self  # whose folder may be a temporary one
-        other._tokenizer = copy.deepcopy(self._tokenizer)
-        other._tokenizer.add_tokens(list(tokens))
+        other._words = copy.deepcopy(self._words)
+        other._words.add_tokens(list(tokens))
         return other
 
     def _expanded(self, text: str) -> str:
         """The text with all the tokens of each word that has several."""
-        added = self._tokenizer.added_tokens_encoder
+        added = {token.content for token in self._words.get_added_tokens_decoder().values()}
         if not any(f"{token}_1" in added for token in added):
             return text
-        ids = self._tokenizer(text, verbose=False)["input_ids"]
-        for token in dict.fromkeys(self._tokenizer.convert_ids_to_tokens(ids)):
+        for token in dict.fromkeys(map(self._words.id_to_token, self._ids(text))):
             if token in added and f"{token}_1" in added:
                 count = next(i for i in range(1, len(added) + 1) if f"{token}_{i}" not in added)
                 several = (token, *(f"{token}_{i}" for i in range(1, count)))
@@ -120,7 +119,7 @@ class Tokenizer:
         """Start, tokens, end, padding: of as many chunks as asked for."""
         room = length - 2
         if len(ids) > chunks * room:
-            cut = self._tokenizer.decode(ids[chunks * room :])
+            cut = clip_words.decode(self._words, ids[chunks * room :])
             warnings.warn(
                 f"the prompt has {len(ids) + 2} tokens, of which the model reads "
                 f"{chunks * length} (all with --long-prompts, or chunks=None); "
@@ -128,23 +127,22 @@ class Tokenizer:
                 PromptTruncated,
                 stacklevel=3,
             )
-        start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         rows = []
         for chunk in range(chunks):
-            row = [start, *ids[chunk * room : (chunk + 1) * room], end]
-            rows.append(row + [self._tokenizer.pad_token_id] * (length - len(row)))
+            row = [self._start, *ids[chunk * room : (chunk + 1) * room], self._end]
+            rows.append(row + [self._pad] * (length - len(row)))
         return rows
 
     def tokens(self, prompt: str) -> list[str]:
         """The pieces that a prompt is split into, start and end included."""
-        ids = self._tokenizer(self._expanded(prompt))["input_ids"]
-        return self._tokenizer.convert_ids_to_tokens(ids)
+        ids = [self._start, *self.ids(prompt), self._end]
+        return [str(self._words.id_to_token(i)) for i in ids]
 
     def save(self, folder: str | Path) -> None:
         """Copies the tokenizer's files into `folder`, with what `with_tokens` added."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
         if self._origin is not None:
-            self._tokenizer.save_pretrained(folder)
+            clip_words.write_added(self._words, self._special, Path(folder))
 
 
 def train_tokenizer(corpus: Iterable[str], folder: str | Path, vocab_size: int) -> Tokenizer:

@@ -86,6 +86,7 @@ def test_a_guidance_of_zero_is_told(tmp_path, capsys):
 
 def test_several_pictures_come_with_a_grid_and_overwrite_nothing(tmp_path, capsys):
     arguments = ("3", "eight", "-n", 3, "--model", "digits-ddpm", "--steps", 2, "--json")
+    arguments += ("--batch-size", 4)
     first = json.loads(call(capsys, "sample", *arguments, "--out", tmp_path)[1])["images"]
     second = json.loads(call(capsys, "sample", *arguments, "--out", tmp_path)[1])["images"]
     assert len(first) == 7 and len(set(first + second)) == 14

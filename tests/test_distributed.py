@@ -7,18 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pair
 import pytest
-from PIL import Image
 
 from jaxsd import processes, training
 from jaxsd.checkpoints import restore_params
 from jaxsd.cli import sample
+from jaxsd.cli.sampling import model
 from jaxsd.errors import JaxsdError
 
 EXPORT = "model/diffusion_pytorch_model.safetensors"
@@ -139,21 +138,15 @@ class Painter:
     """Stands in for a pipeline: a picture is its seed, in grey."""
 
     takes_prompts, default_sampler = True, "ddim"
-    default_steps, default_guidance_scale = 30, 7.5
 
-    def taught_scales(self, scales):
-        return scales
-
-    def plan_steps(self, sampler, steps):
-        return types.SimpleNamespace(count=steps), None
-
-    def __call__(self, prompts, seeds, **_):
-        return [Image.new("RGB", (4, 4), (seed,) * 3) for seed in seeds]
+    def start(self, prompts, seeds, **_):
+        grey = np.asarray(seeds, np.float32).reshape(-1, 1, 1, 1) / 127.5 - 1
+        return np.broadcast_to(grey, (len(seeds), 4, 4, 3))
 
 
 def test_processes_share_out_the_pictures(tmp_path, monkeypatch):
     """Each under the name that it has when one process makes them all."""
-    monkeypatch.setattr(sample, "_load", lambda _: (Painter(), None, None))
+    monkeypatch.setattr(model, "load", lambda options: model.Session(options, Painter()))
     monkeypatch.setattr(processes, "initialize", lambda *_: None)
     monkeypatch.setattr(processes, "agree", lambda _: 0)  # the first to look finds nothing there
 

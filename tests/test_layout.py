@@ -26,7 +26,11 @@ ALLOWED = {
     "diffusion": ("errors", "models.config"),
     "families": ("errors", "models", "diffusion.schedule"),
     "prompts": (),
-    "tokenizer": ("errors", "prompts"),
+    "clip_words": (),
+    "tokenizer": ("clip_words", "errors", "prompts"),
+    "gallery": ("errors", "prompt_files", "weights.files"),
+    "prompt_files": ("errors",),
+    "writing": ("pictures",),
     "pictures": ("errors", "weights.files"),
     "tiling": (),
     "weights": ("errors", "nn"),
@@ -50,7 +54,7 @@ ALLOWED = {
         "weights",
     ),
     "conversion": ("components", "errors", "hub", "vocabulary", "weights"),
-    "conditioning": ("errors", "models", "nn", "tokenizer", "weights"),
+    "conditioning": ("errors", "models", "nn", "sharding", "tokenizer", "weights"),
     "denoising": ("diffusion", "errors", "models", "nn", "weights"),
     "towers": ("components", "conditioning", "errors", "models", "nn", "tokenizer"),
     "encoding": ("data", "errors", "sharding", "tokenizer", "towers", "weights"),
@@ -60,6 +64,7 @@ ALLOWED = {
         "diffusion",
         "errors",
         "nn",
+        "sharding",
         "tokenizer",
         "weights",
     ),
@@ -75,6 +80,7 @@ ALLOWED = {
         "models",
         "nn",
         "pictures",
+        "sharding",
         "tiling",
         "weights",
     ),
@@ -159,3 +165,19 @@ def test_importing_jaxsd_is_light():
     code = f"import sys, jaxsd; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_picture_takes_nothing_heavy(tmp_path):
+    """What the way from prompt to picture has no use for costs seconds at every start."""
+    heavy = ("torch", "diffusers", "sklearn", "grain", "orbax", "transformers", "scipy", "tqdm")
+    heavy += ("tensorboardX", "huggingface_hub", "matplotlib", "pyarrow", "pandas")
+    code = f"""
+import sys
+from jaxsd.cli import run_command
+run_command("sample", ["seven", "--steps", "1", "--out", sys.argv[1]])
+print([name for name in {heavy} if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert len(list(tmp_path.glob("*.png"))) == 1

@@ -1,6 +1,7 @@
 """The tokenizer that is trained here is, to transformers, a CLIP tokenizer like any other."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -39,6 +40,82 @@ def theirs(folder):
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def object_of(content: str, **others) -> dict:
+    """A token as transformers has written it into configs over the years."""
+    token = {"content": content, "lstrip": False, "normalized": True, "rstrip": False}
+    return token | {"single_word": False} | others
+
+
+NAMED = {"bos_token": object_of(START), "eos_token": object_of(END), "unk_token": object_of(END)}
+TYPED = {name: token | {"__type": "AddedToken"} for name, token in NAMED.items()}
+DECODER = {
+    "0": object_of("!", normalized=False, special=True),
+    "600": object_of("<cat>", normalized=False, special=False),
+}
+# Files that take the place of those that are written here; None for one that is not there.
+LAYOUTS = {
+    "as written here": {},
+    "no configs": {"tokenizer_config.json": None, "special_tokens_map.json": None},
+    "objects": {"tokenizer_config.json": TYPED, "special_tokens_map.json": NAMED},
+    "padded by !": {
+        "tokenizer_config.json": TYPED | {"pad_token": "!"},
+        "special_tokens_map.json": NAMED | {"pad_token": "!"},
+    },
+    "a padding of its own": {
+        "tokenizer_config.json": {"pad_token": "<pad>"},
+        "special_tokens_map.json": None,
+    },
+    "added tokens": {"added_tokens.json": {"<cat>": 560, "<Dog>": 561}},
+    "added tokens in the config": {
+        "tokenizer_config.json": {"added_tokens_decoder": DECODER, "pad_token": "!"}
+    },
+    "more special tokens": {"tokenizer_config.json": {"additional_special_tokens": ["<cat>"]}},
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tokenizer.json"])
+@pytest.mark.parametrize(
+    "prompt", [*PROMPTS, "hello! a <cat>, a<Cat>b, a <dog>", "ﬁ İ ß <|ENDOFTEXT|>"]
+)
+def test_folders_of_every_layout_are_read_as_transformers_reads_them(
+    layout, prompt, folder, tmp_path
+):
+    from transformers import CLIPTokenizer
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for name, values in LAYOUTS.get(layout, {}).items():
+        if values is None:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_text(json.dumps(values), encoding="utf-8")
+    if layout == "tokenizer.json":
+        whole = CLIPTokenizer.from_pretrained(str(folder))
+        whole.add_tokens(["<cat>"])
+        copy = tmp_path / "whole"
+        whole.save_pretrained(copy)
+        assert not (copy / "vocab.json").exists()
+    ours, theirs = Tokenizer(copy), CLIPTokenizer.from_pretrained(str(copy))
+    assert len(ours) == len(theirs) and ours.eos_token_id == theirs.eos_token_id
+    expected = theirs(prompt, padding="max_length", max_length=77)["input_ids"]
+    assert ours([prompt])[0].tolist() == expected
+    assert ours.tokens(prompt) == theirs.convert_ids_to_tokens(theirs(prompt)["input_ids"])
+
+
+def test_new_words_are_saved_for_transformers_too(tokenizer, tmp_path):
+    from transformers import CLIPTokenizer
+
+    known = tokenizer.with_tokens(["<cat>", "<Dog>"])
+    known.save(tmp_path / "copy")
+    prompt = "a <cat> and a <dog>"
+    again, theirs = (
+        Tokenizer(tmp_path / "copy"),
+        CLIPTokenizer.from_pretrained(str(tmp_path / "copy")),
+    )
+    assert len(again) == len(theirs) == len(tokenizer) + 2
+    assert again.ids(prompt) == known.ids(prompt) == theirs(prompt)["input_ids"][1:-1]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

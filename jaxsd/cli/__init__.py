@@ -35,8 +35,6 @@ def run_command(name: str, argv: list[str] | None = None) -> None:
     from jaxsd.errors import GuidanceClipped, JaxsdError
     from jaxsd.tokenizer import PromptTruncated
 
-    # transformers, used for its tokenizer alone, would advise at every start to install torch
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         if name not in LIGHT:
             _use_compilation_cache()

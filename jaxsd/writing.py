@@ -1,0 +1,57 @@
+"""Pictures are written by threads, while the next ones are computed."""
+
+import collections
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxsd.pictures import write_png
+
+T = TypeVar("T")
+
+
+class Writer:
+    """Writes PNGs in threads, as a context: at its end all are written.
+
+    No more than `waiting` are kept; then `write` waits for the first. What fails in a thread is
+    raised by a later `write` or at the end. Whatever is raised inside, what has not been begun is
+    dropped then, and what has been is written to its end: no file is left in pieces.
+    """
+
+    def __init__(self, threads: int | None = None, waiting: int | None = None):
+        threads = threads or min(4, os.cpu_count() or 1)
+        self._waiting = waiting or 8 * threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="png")
+        self._futures: collections.deque[Future] = collections.deque()
+
+    def write(self, picture: np.ndarray, path: Path, notes: Mapping[str, Any]) -> None:
+        """As `pictures.write_png`, but later; the picture must not change meanwhile."""
+        while len(self._futures) >= self._waiting:
+            self._futures.popleft().result()
+        self._futures.append(self._pool.submit(write_png, picture, path, notes))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            while kind is None and self._futures:
+                self._futures.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each of them when the next one has been asked for.
+
+    Where asking only starts a computation, the device has work while the caller looks at a result.
+    """
+    held: list[T] = []
+    for item in items:
+        yield from held
+        held = [item]
+    yield from held

@@ -11,6 +11,7 @@ from jaxsd.diffusion import samplers
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
 from jaxsd.nn import Net, Params
+from jaxsd.programs import Programs, facts
 from jaxsd.tokenizer import Tokenizer
 from jaxsd.weights import embeddings, lora, lora_files
 from jaxsd.weights.embeddings import Embedding
@@ -38,7 +39,7 @@ class Model:
         zero_empty_prompt: bool = False,
         vae_tile: int = 0,
     ):
-        self.schedule, self.vae_tile = schedule, vae_tile
+        self.schedule, self.vae_tile, self.programs = schedule, vae_tile, Programs()
         parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
         self.components = {"unet": unet} | {name: c for name, c in parts.items() if c}
         words = {"tokenizer": tokenizer, "tokenizer_2": tokenizer_2}
@@ -109,7 +110,7 @@ class Model:
     def _text_encoder(self) -> TextEncoder:
         nets = [self.components[name].net for name in self._towers]
         words = [*self.tokenizers.values()]
-        return TextEncoder(nets, words, self.xl, self.zero_empty_prompt)
+        return TextEncoder(nets, words, self.xl, self.zero_empty_prompt, self.programs)
 
     @property
     def _downscale(self) -> int:
@@ -132,6 +133,13 @@ class Model:
     def guidance_embedded(self) -> bool:
         """Whether the UNet is told the guidance scale (LCM) instead of being called twice."""
         return self.unet.config.time_cond_proj_dim is not None
+
+    @property
+    def compiled_for(self) -> dict[str, Any]:
+        """What holds of this model and this machine, and must where its programs are run."""
+        nets = {name: component.net for name, component in self.components.items()}
+        nets |= {f"controlnet_{i}": component.net for i, component in enumerate(self.controlnets)}
+        return facts({name: net.config.to_json() for name, net in nets.items()})
 
     def _check_controlnet(self, config: Any) -> None:
         """A ControlNet speaks to the blocks of the UNet that it was trained for."""

@@ -33,12 +33,13 @@ class Networks(Model):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._compiled_noise = jax.jit(samplers.initial_noise, static_argnums=1)
-        self._compiled_denoise = jax.jit(self._loop, static_argnames=("schedule", "sampler"))
-        self._compiled_predict = jax.jit(self._predict)
-        self._compiled_decode = jax.jit(self._decode)
-        self._compiled_encode = jax.jit(self._encode)
-        self._compiled_lora = jax.jit(lora.apply)
+        jit = self.programs.jit
+        self._compiled_noise = jit("noise", samplers.initial_noise, ("shape",))
+        self._compiled_denoise = jit("denoise", self._loop, ("schedule", "sampler"))
+        self._compiled_predict = jit("predict", self._predict)
+        self._compiled_decode = jit("decode", self._decode)
+        self._compiled_encode = jit("encode", self._encode)
+        self._compiled_lora = jit("lora", lora.apply)
 
     def encode(
         self,
@@ -109,7 +110,7 @@ class Networks(Model):
             default[1] if width is None else width,
             self.schedule.pictures_predicted,
         )
-        return self._compiled_noise(_keys(seeds), shape)
+        return self._compiled_noise(_keys(seeds), shape=shape)
 
     def denoise(
         self,

@@ -49,8 +49,10 @@ ALLOWED = {
         "vocabulary",
         "weights",
     ),
+    "compilation_cache": (),
+    "programs": ("errors", "weights"),
     "conversion": ("components", "errors", "hub", "vocabulary", "weights"),
-    "conditioning": ("errors", "models", "nn", "tokenizer", "weights"),
+    "conditioning": ("errors", "models", "nn", "programs", "tokenizer", "weights"),
     "denoising": ("diffusion", "errors", "models", "nn", "weights"),
     "towers": ("components", "conditioning", "errors", "models", "nn", "tokenizer"),
     "encoding": ("data", "errors", "sharding", "tokenizer", "towers", "weights"),
@@ -60,6 +62,7 @@ ALLOWED = {
         "diffusion",
         "errors",
         "nn",
+        "programs",
         "tokenizer",
         "weights",
     ),
@@ -92,6 +95,7 @@ ALLOWED = {
         "pictures",
         "tasks",
     ),
+    "ahead": ("errors", "pipeline", "programs"),
 }
 NEVER = {
     "objectives": ("training", "cli", "evaluation"),

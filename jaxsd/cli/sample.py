@@ -89,6 +89,8 @@ class Options(Together):
     """Take a single file's averaged weights, if it holds them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and computation."""
+    compiled: str | None = None
+    """What `jaxsd compile` made for these options: nothing is traced, and little compiled."""
 
     batch_size: int = 4
     """Pictures at a time."""
@@ -146,7 +148,8 @@ def run(options: Options) -> list[Path]:
                 frames.append(preview(latents))
 
         # The last batch is filled up, so that it runs in the program of the others.
-        full = (batch * options.batch_size)[: min(options.batch_size, len(jobs))]
+        filled = options.batch_size if options.compiled else min(options.batch_size, len(jobs))
+        full = (batch * options.batch_size)[:filled]
         pictures = pipe(
             [job.prompt for job in full],
             [job.seed for job in full],
@@ -191,7 +194,7 @@ def _load(options: Options) -> tuple[Any, Any, Any]:
     if edits.find(options.model) is not None:
         from jaxsd.editing.imagic import load_edit
 
-        set_there = ("variant", "family", "config", "tokenizer", "use_ema", "clip_skip")
+        set_there = ("variant", "family", "config", "tokenizer", "use_ema", "clip_skip", "compiled")
         if given := [n for n in (*set_there, "long_prompts") if getattr(options, n)]:
             raise JaxsdError(f"the edit says which model it is of, and how prompts are read: leave "
                              f"out {', '.join(given)}")  # fmt: skip
@@ -203,7 +206,13 @@ def _load(options: Options) -> tuple[Any, Any, Any]:
     if edited is not None:
         pipe = edited.pipe
     else:
-        pipe = pipeline.load(options.model, controlnets=options.controlnet, **shared, **own)
+        pipe = pipeline.load(
+            options.model,
+            controlnets=options.controlnet,
+            compiled=options.compiled,
+            **shared,
+            **own,
+        )
     for text in options.lora:
         name, scale = split(text, float, 1.0)
         pipe.add_lora(name, scale)
@@ -275,7 +284,7 @@ def _settings(options: Options, pipe: Any, prompts: Sequence[str]) -> dict[str, 
 
 # Of the options what does not make the picture.
 NOT_NOTED = ("prompts", "seed", "num_images", "batch_size", "out", "json", "height", "width")
-NOT_NOTED += ("preview_every", "preview_with", *NAMES)
+NOT_NOTED += ("preview_every", "preview_with", "compiled", *NAMES)
 
 
 def _notes(options: Options, sampler: str) -> dict[str, Any]:

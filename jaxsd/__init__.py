@@ -7,13 +7,19 @@ from jaxsd.errors import JaxsdError
 
 if TYPE_CHECKING:
     from jaxsd import weights
+    from jaxsd.compilation_cache import use_compilation_cache
     from jaxsd.conditioning import Sizes
     from jaxsd.pipeline import Pipeline, load
 
 __version__ = "0.1.0"
-__all__ = ["JaxsdError", "Pipeline", "Sizes", "load", "weights"]
+__all__ = ["JaxsdError", "Pipeline", "Sizes", "load", "use_compilation_cache", "weights"]
 
-_HOMES = {"Pipeline": "jaxsd.pipeline", "Sizes": "jaxsd.conditioning", "load": "jaxsd.pipeline"}
+_HOMES = {
+    "Pipeline": "jaxsd.pipeline",
+    "Sizes": "jaxsd.conditioning",
+    "load": "jaxsd.pipeline",
+    "use_compilation_cache": "jaxsd.compilation_cache",
+}
 
 
 def __getattr__(name: str) -> Any:

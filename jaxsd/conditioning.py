@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxsd.errors import JaxsdError
 from jaxsd.models import UNet2DConfig, UNetConfig, class_input
 from jaxsd.nn import Net, Params
+from jaxsd.programs import Programs
 from jaxsd.sharding import split_rows
 from jaxsd.tokenizer import Tokenizer
 from jaxsd.weights import lora
@@ -39,11 +40,12 @@ class TextEncoder:
         tokenizers: Sequence[Tokenizer],
         pooled: bool = False,
         zero_empty: bool = False,
+        programs: Programs | None = None,
     ):
         self.towers, self.tokenizers = tuple(towers), tuple(tokenizers)
         self.pooled, self.zero_empty = pooled, zero_empty
         self._lengths = [net.config.max_position_embeddings for net in towers]
-        self._compiled = jax.jit(self._encode, static_argnames="clip_skip")
+        self._compiled = (programs or Programs()).jit("text", self._encode, ("clip_skip",))
 
     @property
     def pooled_size(self) -> int:

@@ -15,10 +15,13 @@ from jaxsd.diffusion import samplers
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
 from jaxsd.nn import Net, Params
+from jaxsd.programs import Programs, facts
 from jaxsd.tokenizer import Tokenizer
 from jaxsd.weights import embeddings, lora, lora_files
 from jaxsd.weights.embeddings import Embedding
 from jaxsd.weights.lora import Live, LoRA
+
+MOST_AT_A_TIME = 32  # small pictures: more are no faster on two cores, and take more memory
 
 
 class Model:
@@ -43,7 +46,7 @@ class Model:
         zero_empty_prompt: bool = False,
         vae_tile: int = 0,
     ):
-        self.schedule, self.vae_tile = schedule, vae_tile
+        self.schedule, self.vae_tile, self.programs = schedule, vae_tile, Programs()
         self.rows: NamedSharding | None = None
         parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
         self.components = {"unet": unet} | {name: c for name, c in parts.items() if c}
@@ -115,7 +118,7 @@ class Model:
     def _text_encoder(self) -> TextEncoder:
         nets = [self.components[name].net for name in self._towers]
         words = [*self.tokenizers.values()]
-        return TextEncoder(nets, words, self.xl, self.zero_empty_prompt)
+        return TextEncoder(nets, words, self.xl, self.zero_empty_prompt, self.programs)
 
     @property
     def _downscale(self) -> int:
@@ -138,6 +141,20 @@ class Model:
     def guidance_embedded(self) -> bool:
         """Whether the UNet is told the guidance scale (LCM) instead of being called twice."""
         return self.unet.config.time_cond_proj_dim is not None
+
+    def default_batch_size(self, height: int | None = None, width: int | None = None) -> int:
+        """As many as have the latents of four pictures of 512 px, but at least 4."""
+        (own_height, own_width), side = self.default_size, self.unet.config.sample_size
+        height, width = height or own_height, width or own_width
+        latents = side * side * height * width // (own_height * own_width)
+        return min(MOST_AT_A_TIME, max(4, 4 * 64 * 64 // max(1, latents)))
+
+    @property
+    def compiled_for(self) -> dict[str, Any]:
+        """What holds of this model and this machine, and must where its programs are run."""
+        nets = {name: component.net for name, component in self.components.items()}
+        nets |= {f"controlnet_{i}": component.net for i, component in enumerate(self.controlnets)}
+        return facts({name: net.config.to_json() for name, net in nets.items()})
 
     def _check_controlnet(self, config: Any) -> None:
         """A ControlNet speaks to the blocks of the UNet that it was trained for."""

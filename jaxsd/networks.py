@@ -34,15 +34,13 @@ class Networks(Model):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        options = kernels.compiler_options()
-        self._compiled_noise = jax.jit(samplers.initial_noise, static_argnums=1)
-        self._compiled_denoise = jax.jit(
-            self._loop, static_argnames=("schedule", "sampler"), compiler_options=options
-        )
-        self._compiled_predict = jax.jit(self._predict, compiler_options=options)
-        self._compiled_decode = jax.jit(self._decode, compiler_options=options)
-        self._compiled_encode = jax.jit(self._encode, compiler_options=options)
-        self._compiled_lora = jax.jit(lora.apply)
+        jit, options = self.programs.jit, kernels.compiler_options()
+        self._compiled_noise = jit("noise", samplers.initial_noise, ("shape",))
+        self._compiled_denoise = jit("denoise", self._loop, ("schedule", "sampler"), options)
+        self._compiled_predict = jit("predict", self._predict, (), options)
+        self._compiled_decode = jit("decode", self._decode, (), options)
+        self._compiled_encode = jit("encode", self._encode, (), options)
+        self._compiled_lora = jit("lora", lora.apply)
 
     def encode(
         self,
@@ -114,7 +112,7 @@ class Networks(Model):
             default[1] if width is None else width,
             self.schedule.pictures_predicted,
         )
-        return split_rows(self._compiled_noise(_keys(seeds), shape), self.rows)
+        return split_rows(self._compiled_noise(_keys(seeds), shape=shape), self.rows)
 
     def denoise(
         self,

@@ -303,19 +303,25 @@ def load(
     variant: str | None = None,
     *,
     controlnets: Sequence[str | PurePath] = (),
+    compiled: str | PurePath | None = None,
     **options: Any,
 ) -> Pipeline:
     """Opens a model: one that ships, a diffusers folder, a single file, or a Hub id ("owner/name").
 
     dtype: of the weights and of the computation; None keeps each file's own. variant: "fp16", say:
     which of several files to read, in the components that have it. controlnets: folders or Hub ids.
+    compiled: a folder that `jaxsd compile` made of this model; nothing is traced then, and what is
+    not in it is refused.
     options: `family`, `config`, `tokenizer`, `use_ema` and `sharding`, as `components.load_parts`
     tells. JaxsdError says what is missing or wrong.
     """
     parts = load_parts(model, dtype, variant, **options)
     folders = [find(name, variant) for name in controlnets]
     nets = [load_component(folder, dtype, variant, kind="controlnet") for folder in folders]
-    return of_parts(parts, nets)
+    pipe = of_parts(parts, nets)
+    if compiled is not None:
+        pipe.programs.read(compiled, pipe.compiled_for)
+    return pipe
 
 
 def of_parts(parts: Parts, controlnets: Sequence[Component] = ()) -> Pipeline:

@@ -151,7 +151,7 @@ def test_drawn_pictures_are_measured_against_held_out_ones(scans):
     }
     other = measure({name: 0.5 * value for name, value in params.items()}, 3)
     assert other["fd"] != found["fd"]
-    assert made[0]._compiled_denoise._cache_size() == 1
+    assert made[0]._compiled_denoise.traced._cache_size() == 1
     assert made[0].params == {"unet": {}}  # no copies are kept meanwhile
 
 

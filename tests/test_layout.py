@@ -53,8 +53,10 @@ ALLOWED = {
         "vocabulary",
         "weights",
     ),
+    "compilation_cache": (),
+    "programs": ("errors", "weights"),
     "conversion": ("components", "errors", "hub", "vocabulary", "weights"),
-    "conditioning": ("errors", "models", "nn", "sharding", "tokenizer", "weights"),
+    "conditioning": ("errors", "models", "nn", "programs", "sharding", "tokenizer", "weights"),
     "denoising": ("diffusion", "errors", "models", "nn", "weights"),
     "towers": ("components", "conditioning", "errors", "models", "nn", "tokenizer"),
     "encoding": ("data", "errors", "sharding", "tokenizer", "towers", "weights"),
@@ -64,6 +66,7 @@ ALLOWED = {
         "diffusion",
         "errors",
         "nn",
+        "programs",
         "sharding",
         "tokenizer",
         "weights",
@@ -99,6 +102,7 @@ ALLOWED = {
         "pictures",
         "tasks",
     ),
+    "ahead": ("errors", "pipeline", "programs"),
 }
 NEVER = {
     "objectives": ("training", "cli", "evaluation"),

@@ -7,6 +7,7 @@ import warnings
 
 COMMANDS = {
     "sample": "make pictures from prompts",
+    "compile": "the programs of sampling, ahead of time",
     "train": "train a model",
     "compare": "hold a model's numbers against PyTorch's, block by block",
     "evaluate": "measure a model of digits against the held-out scans",
@@ -32,12 +33,13 @@ def main() -> None:
 
 def run_command(name: str, argv: list[str] | None = None) -> None:
     """Runs one command; an error that the user can mend becomes one line and exit status 2."""
+    from jaxsd.compilation_cache import use_compilation_cache
     from jaxsd.errors import GuidanceClipped, JaxsdError
     from jaxsd.tokenizer import PromptTruncated
 
     try:
         if name not in LIGHT:
-            _use_compilation_cache()
+            use_compilation_cache()
         with warnings.catch_warnings():
             for category in (PromptTruncated, GuidanceClipped):
                 warnings.simplefilter("always", category)
@@ -58,13 +60,3 @@ def run_command(name: str, argv: list[str] | None = None) -> None:
 
 def _one_line_warning(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"warning: {message}", file=sys.stderr)
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a second call starts at once."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxsd", "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -90,6 +90,8 @@ class Options(Together):
     """Take a single file's averaged weights, if it holds them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and computation."""
+    compiled: str | None = None
+    """What `jaxsd compile` made for these options: nothing is traced, and little compiled."""
 
     batch_size: int | None = None
     """Pictures at a time, with --prompts-file on each device; by default 4 of 512 px or more, up to

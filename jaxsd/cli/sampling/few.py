@@ -53,7 +53,7 @@ def draw_prompts(options: Options) -> list[Path]:
                     frames.append(preview(latents))
 
             watch = look if preview else None
-            yield rank, batch, session.start(batch, min(size, len(jobs)), chunks, watch), frames
+            yield rank, batch, session.start(batch, session.rows(len(jobs)), chunks, watch), frames
 
     number = processes.agree(_next_number(options.out))
     paths, arrays = [], []

@@ -75,7 +75,7 @@ def draw_file(options: Options) -> Drawn:
         for pipe in filter(None, (session.pipe, session.refiner)):
             pipe.spread(mesh)
     total = lines * options.num_images
-    size = min(session.batch_size, total) * len(devices)
+    size = session.rows(total) * len(devices)
     rank, ranks = jax.process_index(), jax.process_count()
     share = itertools.islice(_jobs(session, file), rank, None, ranks)
     with tqdm(total=len(range(rank, total, ranks)), unit=" images", disable=None) as bar:

@@ -17,9 +17,7 @@ from jaxsd.weights import edits
 
 # Of the options what does not make the picture.
 NOT_NOTED = ("prompts", "prompts_file", "seed", "num_images", "batch_size", "out", "json", "height")
-NOT_NOTED += ("width", "preview_every", "preview_with", *NAMES)
-
-MOST_AT_A_TIME = 32  # small pictures: more are no faster on two cores, and take more memory
+NOT_NOTED += ("width", "preview_every", "preview_with", "compiled", *NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +50,13 @@ class Session:
 
     @property
     def batch_size(self) -> int:
-        """As asked for; else as many as have the latents of four pictures of 512 px, or 4."""
-        if self.options.batch_size is not None:
-            return self.options.batch_size
-        (own_height, own_width), side = self.pipe.default_size, self.pipe.unet.config.sample_size
-        height, width = self.options.height or own_height, self.options.width or own_width
-        latents = side * side * height * width // (own_height * own_width)
-        return min(MOST_AT_A_TIME, max(4, 4 * 64 * 64 // max(1, latents)))
+        """Of each device, as asked for or as suits the model."""
+        o = self.options
+        return o.batch_size or self.pipe.default_batch_size(o.height, o.width)
+
+    def rows(self, count: int) -> int:
+        """How many pictures of `count` are made at a time: no more, but what is compiled for."""
+        return self.batch_size if self.options.compiled else min(self.batch_size, count)
 
     def start(
         self, jobs: Sequence[Job], size: int, chunks: int, callback: Callable | None = None
@@ -120,7 +118,7 @@ def load(options: Options) -> Session:
     if edits.find(options.model) is not None:
         from jaxsd.editing.imagic import load_edit
 
-        set_there = ("variant", "family", "config", "tokenizer", "use_ema", "clip_skip")
+        set_there = ("variant", "family", "config", "tokenizer", "use_ema", "clip_skip", "compiled")
         if given := [n for n in (*set_there, "long_prompts") if getattr(options, n)]:
             raise JaxsdError(f"the edit says which model it is of, and how prompts are read: leave "
                              f"out {', '.join(given)}")  # fmt: skip
@@ -132,7 +130,8 @@ def load(options: Options) -> Session:
     if edited is not None:
         pipe = edited.pipe
     else:
-        pipe = pipeline.load(options.model, controlnets=options.controlnet, **shared, **own)
+        own |= {"compiled": options.compiled, "controlnets": options.controlnet}
+        pipe = pipeline.load(options.model, **shared, **own)
     for text in options.lora:
         name, scale = split(text, float, 1.0)
         pipe.add_lora(name, scale)

@@ -1,0 +1,263 @@
+"""Programs made ahead of time: the same pictures, nothing traced, and refused where they differ."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax import export
+from refusals import refused
+
+from jaxsd import ahead, programs, sharding
+from jaxsd.cli import run_command
+from jaxsd.compilation_cache import prune, use_compilation_cache
+from jaxsd.weights.lora import Layer, LoRA
+
+PROMPTS = ["a red seven", "nine"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return tiny.tokenizer(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def folder(words, tmp_path_factory):
+    """The programs of two pictures with guidance, from pictures too."""
+    folder = tmp_path_factory.mktemp("compiled")
+    ahead.compile_ahead(tiny.pipeline(words), folder, batch_size=2, image=True)
+    return folder
+
+
+def ready(words, folder, **changes):
+    """A pipeline that has the programs of a folder."""
+    pipe = tiny.pipeline(words, **changes)
+    pipe.programs.read(folder, pipe.compiled_for)
+    return pipe
+
+
+def traced(pipe) -> list[int]:
+    """How many times the parts of sampling were traced."""
+    parts = (pipe._compiled_denoise, pipe._compiled_decode, pipe._compiled_encode)
+    return [part.traced._cache_size() for part in (*parts, pipe._text._compiled)]
+
+
+def test_pictures_are_the_same_and_nothing_is_traced(words, folder):
+    pipe, usual = ready(words, folder), tiny.pipeline(words)
+    white = np.full((8, 8, 3), 255, np.uint8)
+    for options in ({"steps": 3}, {"steps": 5, "image": white}, {"guidance_scale": 2.0}):
+        pair = [each.sample(PROMPTS, [5, 6], **options) for each in (pipe, usual)]
+        np.testing.assert_array_equal(*pair)
+    assert pipe.decode(pair[0])[1].tobytes() == usual.decode(pair[1])[1].tobytes()
+    assert traced(pipe) == [0, 0, 0, 0] and traced(usual) == [1, 1, 1, 1]
+
+
+def test_a_callback_runs_the_same_programs(words, folder):
+    seen = []
+    ready(words, folder)(PROMPTS, [5, 6], steps=3, callback=lambda i, t, x: seen.append(i))
+    assert seen == [0, 1, 2]
+
+
+def test_a_second_start_compiles_nothing(words, folder):
+    compiled = []
+
+    def listen(event: str, **_) -> None:
+        if event == "/jax/compilation_cache/cache_misses":
+            compiled.append(event)
+
+    ready(words, folder)(PROMPTS, [5, 6], steps=3)
+    jax.clear_caches()  # as another process would find it
+    jax.monitoring.register_event_listener(listen)
+    ready(words, folder)(PROMPTS, [7, 8], steps=4)
+    assert not compiled
+
+
+def test_what_was_not_compiled_is_refused_with_what_differs(words, folder):
+    pipe = ready(words, folder)
+    said = refused(pipe, PROMPTS[:1], [5])
+    for part in ("batch_size 2", "height 8", "key<fry>[2]", "key<fry>[1]", "jaxsd compile"):
+        assert part in said, said
+    assert "euler" in refused(pipe, PROMPTS, [5, 6], sampler="euler")
+    assert "[8, 8, 4]" in refused(pipe, PROMPTS, [5, 6], height=16, width=16)
+    assert "inputs.conditions" in refused(pipe, PROMPTS, [5, 6], guidance_scale=1.0)
+    pipe.schedule = dataclasses.replace(pipe.schedule, prediction_type="epsilon")
+    assert "prediction_type" in refused(pipe, PROMPTS, [5, 6])
+    pipe = ready(words, folder)
+    white, mask = np.full((8, 8, 3), 255, np.uint8), np.full((8, 8), 255, np.uint8)
+    assert "inputs.blend" in refused(pipe, PROMPTS, [5, 6], image=white, mask=mask)
+
+
+def test_a_part_that_was_not_compiled_is_named(words, tmp_path):
+    ahead.compile_ahead(tiny.pipeline(words), tmp_path, batch_size=1)
+    white = np.full((8, 8, 3), 255, np.uint8)
+    assert "encode" in refused(ready(words, tmp_path), PROMPTS[:1], [5], image=white)
+
+
+def test_another_model_dtype_or_machine_is_refused(words, folder, monkeypatch):
+    pipe = tiny.pipeline(words)
+    pipe.components["unet"].net.config = dataclasses.replace(tiny.LATENT_UNET, norm_eps=1e-3)
+    said = refused(pipe.programs.read, folder, pipe.compiled_for)
+    assert "unet.norm_eps 1e-05" in said and "0.001" in said and "jaxsd compile" in said
+
+    pipe = tiny.pipeline(words)
+    here = pipe.compiled_for
+    for name, other in (("jaxlib", "0.0.1"), ("platform", "tpu"), ("jax", "9.9")):
+        said = refused(pipe.programs.read, folder, {**here, name: other})
+        assert f"{name} {here[name]}" in said and other in said
+
+    half = ready(words, folder)
+    params = {n: p.astype(jnp.bfloat16) for n, p in half.params["unet"].items()}
+    half.components["unet"] = dataclasses.replace(half.components["unet"], params=params)
+    assert "float32[" in (said := refused(half, PROMPTS, [5, 6])) and "bfloat16[" in said
+
+
+def test_the_scale_of_a_lora_is_free_and_its_shape_is_not(words, tmp_path):
+    name = next(n for n in tiny.pipeline(words).unet.shapes if n.endswith("to_q.weight"))
+
+    def taught(rank: int, folder=None):
+        pipe = tiny.pipeline(words) if folder is None else ready(words, folder)
+        shape = pipe.unet.shapes[name]
+        rng = np.random.default_rng(0)
+        down, up = rng.normal(size=(rank, shape[1])), rng.normal(size=(shape[0], rank))
+        layer = Layer(np.float32(down), np.float32(up), 1.0)
+        pipe.add_lora(LoRA({"unet": {name: layer}}), 0.5)
+        return pipe
+
+    ahead.compile_ahead(taught(2), tmp_path, batch_size=2)
+    pipe, usual = taught(2, tmp_path), taught(2)
+    pipe.lora_scales = usual.lora_scales = [0.25]
+    pair = [each.sample(PROMPTS, [5, 6], steps=2) for each in (pipe, usual)]
+    np.testing.assert_array_equal(*pair)
+    assert "inputs.loras" in refused(taught(3, tmp_path), PROMPTS, [5, 6], steps=2)
+
+
+def test_weights_in_pieces_on_several_devices(words, tmp_path):
+    def spread(devices: int):
+        pipe = tiny.pipeline(words)
+        mesh = sharding.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+        for name, part in pipe.components.items():
+            placement = sharding.shardings(part.params, mesh, smallest=1)
+            params = sharding.place(part.params, placement)
+            pipe.components[name] = dataclasses.replace(part, params=params)
+        return pipe
+
+    ahead.compile_ahead(spread(2), tmp_path, batch_size=2)
+    pipe, usual = spread(2), spread(2)
+    pipe.programs.read(tmp_path, pipe.compiled_for)
+    pair = [each.sample(PROMPTS, [5, 6], steps=2) for each in (pipe, usual)]
+    np.testing.assert_array_equal(*pair)
+    pipe = spread(4)
+    pipe.programs.read(tmp_path, pipe.compiled_for)
+    assert "{'fsdp': 4}" in refused(pipe, PROMPTS, [5, 6], steps=2)
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "other", "no list", "half a list"])
+def test_a_damaged_folder_is_refused(words, tmp_path, harm):
+    pipe = tiny.pipeline(words)
+    ahead.compile_ahead(pipe, tmp_path, batch_size=1)
+    file = next(tmp_path.glob("denoise-*"))
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif harm == "gone":
+        file.unlink()
+    elif harm == "other":
+        file.write_bytes(next(tmp_path.glob("noise-*")).read_bytes())
+    elif harm == "no list":
+        (tmp_path / programs.FILE).unlink()
+    else:
+        listed = json.loads((tmp_path / programs.FILE).read_text())
+        del listed["programs"][1]["static"]
+        (tmp_path / programs.FILE).write_text(json.dumps(listed))
+    said = refused(pipe.programs.read, tmp_path, pipe.compiled_for)
+    assert (programs.FILE if "list" in harm else "denoise-") in said
+
+
+def test_a_program_that_calls_into_the_process_is_refused(words, tmp_path):
+    """As somebody might write one who wants other people's machines to run his code."""
+
+    def ask(x):
+        return jax.ffi.ffi_call("xla_ffi_python_cpu_callback", x)(x, index=np.uint64(0))
+
+    checks = [export.DisabledSafetyCheck.custom_call("xla_ffi_python_cpu_callback")]
+    x = jax.ShapeDtypeStruct((2,), jnp.float32)
+    data = export.export(jax.jit(ask), disabled_checks=checks)(x).serialize()
+    said = refused(programs.Program, "decode", {}, {}, bytes(data))
+    assert "xla_ffi_python_cpu_callback" in said
+    assert "no program" in refused(programs.Program, "decode", {}, {}, b"\x80\x04pickle")
+
+
+def test_writing_leaves_the_old_folder_or_the_new_one(words, tmp_path, monkeypatch):
+    pipe = tiny.pipeline(words)
+    ahead.compile_ahead(pipe, tmp_path, batch_size=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "write_json", full)
+        with pytest.raises(OSError):
+            ahead.compile_ahead(pipe, tmp_path, batch_size=2)
+    assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
+    ready(words, tmp_path)(PROMPTS[:1], [5], steps=2)
+    ahead.compile_ahead(pipe, tmp_path, batch_size=2)
+    listed = json.loads((tmp_path / programs.FILE).read_text())["programs"]
+    assert {path.name for path in tmp_path.glob("*.stablehlo")} == {row["file"] for row in listed}
+
+
+def test_compiled_on_the_command_line(tmp_path, capsys):
+    model = ("--model", "digits-ddpm")
+    run_command(
+        "compile", [*model[1:], "--batch-size", "2", "--out", str(tmp_path / "f"), "--json"]
+    )
+    made = json.loads(capsys.readouterr().out)
+    assert len(made["programs"]) == 3  # of a pixel model: noise, denoise, decode
+    wanted = ["7", *model, "--steps", "3", "--batch-size", "2", "--json", "--out"]
+    paths = []
+    for options in ([], ["--compiled", str(tmp_path / "f")]):
+        run_command("sample", [*wanted, str(tmp_path / f"out{len(options)}"), *options])
+        paths += json.loads(capsys.readouterr().out)["images"]
+    one, other = (Path(path).read_bytes() for path in paths)
+    assert one == other
+    with pytest.raises(SystemExit):
+        run_command(
+            "sample", ["7", *model, "--compiled", str(tmp_path / "f"), "--out", str(tmp_path)]
+        )
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "batch_size 2" in said
+
+
+# --- The cache of compiled programs -----------------------------------------------------------
+
+
+def test_what_was_not_read_for_longest_goes_first(tmp_path):
+    for age, name in enumerate("abcd"):
+        (tmp_path / name).write_bytes(b"x" * 10)
+        os.utime(tmp_path / name, (1000 - age, 500))
+    prune(tmp_path, 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    prune(tmp_path / "missing", 25)
+
+
+def test_the_cache_is_the_user_s_unless_he_says_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
+    try:
+        use_compilation_cache()  # tests say where
+        assert jax.config.jax_compilation_cache_dir == before[0]
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxsd" / "programs")
+        use_compilation_cache(tmp_path / "mine")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])

@@ -9,11 +9,17 @@ if TYPE_CHECKING:
     from jaxsd import weights
     from jaxsd.conditioning import Sizes
     from jaxsd.pipeline import Pipeline, load
+    from jaxsd.shortcuts import Shortcuts
 
 __version__ = "0.1.0"
-__all__ = ["JaxsdError", "Pipeline", "Sizes", "load", "weights"]
+__all__ = ["JaxsdError", "Pipeline", "Shortcuts", "Sizes", "load", "weights"]
 
-_HOMES = {"Pipeline": "jaxsd.pipeline", "Sizes": "jaxsd.conditioning", "load": "jaxsd.pipeline"}
+_HOMES = {
+    "Pipeline": "jaxsd.pipeline",
+    "Shortcuts": "jaxsd.shortcuts",
+    "Sizes": "jaxsd.conditioning",
+    "load": "jaxsd.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def temporaries(net, params: Params, x: jax.Array, text: jax.Array) -> str:
         t = jnp.full(2, 500.0)
         return jax.lax.fori_loop(0, count, lambda i, x: net(params, x, t, text), x)
 
-    found = jax.jit(steps).lower(params, x, 3).compile().memory_analysis()
+    found: Any = jax.jit(steps).lower(params, x, 3).compile().memory_analysis()
     return f"{found.temp_size_in_bytes / 2**30:.2f}"
 
 

@@ -68,6 +68,7 @@ class Pipeline(Networks):
         name = options.get("sampler") or refiner.default_sampler
         steps = request["steps"] = self.default_steps if steps is None else steps
         refiner.plan_steps(name, steps, denoising_start=refiner_start)  # refused before any work
+        refiner.check_shortcuts(options.get("shortcuts", Shortcuts()), name)
         half = self.sample(**request, **options, denoising_end=refiner_start)
         latents = refiner.sample(**request, **kept, latents=half, denoising_start=refiner_start)
         return refiner.decode(latents)

@@ -219,7 +219,8 @@ def _load(options: Options) -> tuple[Any, Any, Any]:
     for text in options.textual_inversion:
         pipe.add_embedding(*split(text, str, None))
     if options.quantize:
-        pipe.merge_loras()
+        if pipe.loras:
+            pipe.merge_loras()
         pipe.quantize(options.quantize)
     refiner = None if options.refiner is None else pipeline.load(options.refiner, **shared)
     changes: dict[str, Any] = {}

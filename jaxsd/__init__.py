@@ -10,12 +10,22 @@ if TYPE_CHECKING:
     from jaxsd.compilation_cache import use_compilation_cache
     from jaxsd.conditioning import Sizes
     from jaxsd.pipeline import Pipeline, load
+    from jaxsd.shortcuts import Shortcuts
 
 __version__ = "0.1.0"
-__all__ = ["JaxsdError", "Pipeline", "Sizes", "load", "use_compilation_cache", "weights"]
+__all__ = [
+    "JaxsdError",
+    "Pipeline",
+    "Shortcuts",
+    "Sizes",
+    "load",
+    "use_compilation_cache",
+    "weights",
+]
 
 _HOMES = {
     "Pipeline": "jaxsd.pipeline",
+    "Shortcuts": "jaxsd.shortcuts",
     "Sizes": "jaxsd.conditioning",
     "load": "jaxsd.pipeline",
     "use_compilation_cache": "jaxsd.compilation_cache",

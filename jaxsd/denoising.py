@@ -1,7 +1,8 @@
 """The program that samples: the networks, guidance, ControlNets and blending, inside one loop."""
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxsd import shortcuts
 from jaxsd.diffusion import samplers
-from jaxsd.diffusion.denoise import Conditioning, Network, guided
+from jaxsd.diffusion.denoise import Conditioning, Denoise, Network, guided
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import GuidanceClipped, JaxsdError
 from jaxsd.models import UNetConfig, guidance_scale_embedding
 from jaxsd.nn import Net, Params
+from jaxsd.shortcuts import Way
 from jaxsd.weights import lora
 from jaxsd.weights.lora import Live
 
@@ -56,10 +59,11 @@ class Inputs(NamedTuple):
     keys: jax.Array  # of each image
     grid: samplers.Steps
     eta: Traced
+    table: Traced | None = None  # [ROWS], where there are several ways: which one each step takes
 
 
 def make_network(
-    unet: Net,
+    unet: Callable[..., jax.Array],
     unet_params: Params,
     controlnets: Sequence[Net] = (),
     control_params: Sequence[Params] = (),
@@ -96,16 +100,19 @@ def loop(
     controlnets: Sequence[Net],
     schedule: Schedule,
     sampler: str,
+    ways: tuple[Way, ...],
     inputs: Inputs,
     x: Float[Array, "b h w c"],
     history: tuple[jax.Array, ...],
     begin: jax.Array,
     end: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Steps begin ... end - 1: the latents after them, and what the sampler remembers."""
+    """Steps begin ... end - 1: the latents after them, and what is remembered.
+
+    That is the sampler's, and where ways keep features, these after it.
+    """
     unet_params, control_params = inputs.params
     unet_params = lora.apply(unet_params, inputs.loras, inputs.lora_scales)
-    network = make_network(unet, unet_params, controlnets, control_params, inputs.control_scales)
 
     def put_back(x: jax.Array, i: jax.Array) -> jax.Array:
         """What the mask protects, as noisy as the next step expects it."""
@@ -117,19 +124,31 @@ def loop(
         alpha, sigma = jnp.where(last, 1.0, alpha), jnp.where(last, 0.0, sigma)
         return mask * x + (1 - mask) * (alpha * clean + sigma * noise)
 
-    return samplers.run(
-        samplers.SAMPLERS[sampler],
-        schedule,
-        guided(network, inputs.conditions, inputs.scales, inputs.guidance_rescale),
-        x,
-        history,
-        inputs.keys,
-        inputs.grid,
-        begin,
-        end,
-        inputs.eta,
-        after=None if inputs.blend is None else put_back,
-    )
+    row = samplers.SAMPLERS[sampler]
+    after = None if inputs.blend is None else put_back
+
+    def denoise(way: Way, kept: list[jax.Array]) -> Denoise:
+        asked = shortcuts.keeping(unet, way, kept)
+        network = make_network(
+            asked, unet_params, controlnets, control_params, inputs.control_scales
+        )
+        conditions = inputs.conditions if way.guided else inputs.conditions[-1:]
+        return guided(network, conditions, inputs.scales, inputs.guidance_rescale)
+
+    run = (inputs.keys, inputs.grid)
+    if inputs.table is None:
+        said = denoise(ways[0], [])
+        return samplers.run(row, schedule, said, x, history, *run, begin, end, inputs.eta, after)
+
+    def step(way: Way, i: jax.Array, carry: Any) -> Any:
+        x, remembered = carry
+        own, kept = remembered[: row.remembers], list(remembered[row.remembers :])
+        body = samplers.make_body(row, schedule, denoise(way, kept), *run, inputs.eta, after)
+        x, own = body(i, (x, own))
+        return x, (*own, *kept)
+
+    bodies = [functools.partial(step, way) for way in ways]
+    return shortcuts.run(bodies, inputs.table, begin, end, (x, history))
 
 
 def part(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxsd import sharding
+from jaxsd import eight_bits, sharding
 from jaxsd.components import Component, make_net
 from jaxsd.conditioning import TextEncoder
 from jaxsd.diffusion import samplers
@@ -194,6 +194,9 @@ class Model:
         `lora_scales` holds the scales; to change one compiles nothing. JaxsdError lists what does
         not fit this model.
         """
+        if self.quantised:
+            raise JaxsdError("nothing can be added to weights in eight bits: first the LoRAs, "
+                             "merge_loras(), then quantize()")  # fmt: skip
         nets = {name: c.net for name, c in self.components.items() if name != "vae"}
         self.loras.append(source if isinstance(source, LoRA) else lora_files.read(source, nets))
         self.lora_scales.append(scale)
@@ -214,6 +217,24 @@ class Model:
         for name, (words, tokenizer, component) in taught.items():  # all of them, or none
             self.tokenizers[words], self.components[name] = tokenizer, component
         self._text = self._text_encoder()
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the UNet's weights are in eight bits."""
+        return eight_bits.is_quantised(self.components["unet"].params)
+
+    def quantize(self, form: str) -> None:
+        """Keeps the matrices and kernels of the UNet's blocks in eight bits, "int8" or "fp8".
+
+        For good, and with the loss that `eight_bits.quantised` tells; computing goes on in the
+        dtype of the others. JaxsdError for a model with LoRAs, which are to be merged first.
+        """
+        if self.loras or self.quantised:
+            raise JaxsdError("the UNet's weights are in eight bits already" if self.quantised else
+                             "merge the LoRAs first, merge_loras(): nothing can be added to "
+                             "weights in eight bits")  # fmt: skip
+        unet = self.components["unet"]
+        self.components["unet"] = Component(unet.net, eight_bits.quantised(unet.params, form))
 
     def merge_loras(self) -> None:
         """Adds every LoRA to the weights for good: sampling starts a little sooner."""

@@ -23,6 +23,7 @@ from jaxsd.families import latent_shape
 from jaxsd.model import Model
 from jaxsd.nn import Params
 from jaxsd.sharding import split_rows
+from jaxsd.shortcuts import Shortcuts, Way, check_shortcuts, no_features, plan_ways
 from jaxsd.tiling import tiled
 from jaxsd.weights import lora
 
@@ -36,7 +37,9 @@ class Networks(Model):
         super().__init__(*args, **kwargs)
         jit, options = self.programs.jit, kernels.compiler_options()
         self._compiled_noise = jit("noise", samplers.initial_noise, ("shape",))
-        self._compiled_denoise = jit("denoise", self._loop, ("schedule", "sampler"), options)
+        self._compiled_denoise = jit(
+            "denoise", self._loop, ("schedule", "sampler", "ways"), options
+        )
         self._compiled_predict = jit("predict", self._predict, (), options)
         self._compiled_decode = jit("decode", self._decode, (), options)
         self._compiled_encode = jit("encode", self._encode, (), options)
@@ -133,6 +136,7 @@ class Networks(Model):
         start: Start | None = None,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
+        shortcuts: Shortcuts = Shortcuts(),  # noqa: B008
     ) -> jax.Array:
         """Runs the sampler from N(0, 1) `latents` [n, h, w, c] to clean ones.
 
@@ -140,7 +144,8 @@ class Networks(Model):
         there is no guidance, and half the work. A model that is told the scale has no `uncond`.
         `seeds` (default 0 ... n-1) feed the noise that some samplers add on the way. `start`: begin
         at noised pictures. With `denoising_start` the latents are taken as another model left them
-        at its `denoising_end`. See `sample` for the rest.
+        at its `denoising_end`. shortcuts: what to leave out to be faster. See `sample` for the
+        rest.
         """
         name = sampler or self.default_sampler
         uses_eta = samplers.get_sampler(name).uses_eta
@@ -157,6 +162,8 @@ class Networks(Model):
         conditions, scales = self._chain(
             cond, uncond, guidance_scale, count, image_cond, image_guidance_scale
         )
+        self.check_shortcuts(shortcuts, name)
+        ways, table = plan_ways(shortcuts, grid, first, stop, len(conditions))
         blend = None
         if start is not None and start.mask is not None:
             blend = (start.latents, latents if start.noise is None else start.noise, start.mask)
@@ -176,6 +183,7 @@ class Networks(Model):
             keys=_keys(range(count) if seeds is None else seeds),
             grid=grid,
             eta=np.float32(eta),
+            table=table,
         )
 
         if denoising_start is not None:
@@ -185,6 +193,8 @@ class Networks(Model):
         else:
             x = grid.alpha[first] * start.latents + grid.sigma[first] * latents
         history = tuple(jnp.zeros_like(x) for _ in range(samplers.SAMPLERS[name].remembers))
+        dtype = unet_params["conv_in.weight"].dtype
+        history += no_features(self.unet.config, ways[0].branch, dtype, x.shape, len(conditions))
 
         def advance(x, history, begin, end):
             return self._compiled_denoise(
@@ -195,6 +205,7 @@ class Networks(Model):
                 np.int32(end),
                 schedule=self.schedule.for_run(),
                 sampler=name,
+                ways=ways,
             )
 
         if callback is None:
@@ -203,6 +214,17 @@ class Networks(Model):
             x, history = advance(x, history, i, i + 1)
             callback(i, float(grid.t[i]), x)
         return x
+
+    def check_shortcuts(self, wanted: Shortcuts, sampler: str) -> None:
+        """JaxsdError where a shortcut cannot be taken by this model with this sampler."""
+        check_shortcuts(
+            wanted,
+            self.unet,
+            self.schedule,
+            sampler,
+            len(self.controlnets),
+            self.guidance_embedded,
+        )
 
     def taught_scales(self, scales: np.ndarray) -> np.ndarray:
         """The guidance scales, but those beyond what a student was taught as the nearest it knows.
@@ -298,9 +320,22 @@ class Networks(Model):
 
     # --- The compiled parts ---
 
-    def _loop(self, inputs: Inputs, x, history, begin, end, *, schedule: Schedule, sampler: str):
+    def _loop(
+        self,
+        inputs: Inputs,
+        x,
+        history,
+        begin,
+        end,
+        *,
+        schedule: Schedule,
+        sampler: str,
+        ways: tuple[Way, ...],
+    ):
         nets = [component.net for component in self.controlnets]
-        return denoising.loop(self.unet, nets, schedule, sampler, inputs, x, history, begin, end)
+        return denoising.loop(
+            self.unet, nets, schedule, sampler, ways, inputs, x, history, begin, end
+        )
 
     def _predict(self, params: Params, loras, lora_scales, conditions, scales, x, t) -> jax.Array:
         params = lora.apply(params, loras, lora_scales)

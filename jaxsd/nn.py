@@ -21,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxsd import kernels
+from jaxsd import eight_bits, kernels
 
 Params = dict[str, jax.Array]
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -71,7 +71,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         # Flat, because XLA's CPU backend takes a fast matrix product only for two plain axes: three
         # times faster through the gradient than contracting "...i,oi->...o".
-        flat = x.reshape(-1, x.shape[-1]) @ self.weight[...].astype(x.dtype).T
+        flat = x.reshape(-1, x.shape[-1]) @ _weight(self.weight, x).T
         x = flat.reshape(*x.shape[:-1], flat.shape[-1])
         return x if self.bias is None else x + _last_axis(self.bias, x)
 
@@ -96,9 +96,8 @@ class Conv2d(nnx.Module):
         self.bias = parameter((outputs,), zeros) if bias else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        weight = self.weight[...].astype(x.dtype)
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
-        return kernels.convolution(x, weight, bias, self.stride, self.padding)
+        return kernels.convolution(x, _weight(self.weight, x), bias, self.stride, self.padding)
 
 
 class GroupNorm(nnx.Module):
@@ -245,6 +244,12 @@ def block(call: Callable) -> Callable:
     return marked
 
 
+def _weight(variable: nnx.Param, x: jax.Array) -> jax.Array:
+    """A matrix or kernel in the dtype of what it is to meet."""
+    value: Any = variable[...]
+    return value.at_work(x) if isinstance(value, eight_bits.Eight) else value.astype(x.dtype)
+
+
 def _last_axis(variable: nnx.Param, like: jax.Array) -> jax.Array:
     return _per_channel(variable[...], like)
 
@@ -338,8 +343,13 @@ class Net:
 
     def bind(self, params: Params) -> Any:
         """A new module with these arrays in place, for a caller who wants to look inside it."""
+
+        def value(name: str) -> Any:
+            scale = params.get(name + eight_bits.SUFFIX)
+            return params[name] if scale is None else eight_bits.Eight(params[name], scale)
+
         variables = [
-            variable.replace(params[name])
+            variable.replace(value(name))
             for name, variable in zip(self.shapes, self._metadata, strict=True)
         ]
         return nnx.merge(self._graph, jax.tree_util.tree_unflatten(self._tree, variables))

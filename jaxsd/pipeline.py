@@ -26,9 +26,10 @@ from jaxsd.hub import find
 from jaxsd.networks import Callback, Networks
 from jaxsd.nn import Params
 from jaxsd.pictures import Picture, Pictures
+from jaxsd.shortcuts import Shortcuts
 
 # The options of a request that concern a refiner, too.
-HANDED_OVER = ("sampler", "eta", "guidance_rescale", "chunks", "sizes", "callback")
+HANDED_OVER = ("sampler", "eta", "guidance_rescale", "chunks", "sizes", "shortcuts", "callback")
 
 
 class Pipeline(Networks):
@@ -96,6 +97,7 @@ class Pipeline(Networks):
         name = options.get("sampler") or refiner.default_sampler
         steps = request["steps"] = self.default_steps if steps is None else steps
         refiner.plan_steps(name, steps, denoising_start=refiner_start)  # refused before any work
+        refiner.check_shortcuts(options.get("shortcuts", Shortcuts()), name)
         half = self.sample(**request, **options, denoising_end=refiner_start)
         latents = refiner.sample(**request, **kept, latents=half, denoising_start=refiner_start)
         return refiner.start_decoding(latents)
@@ -126,6 +128,7 @@ class Pipeline(Networks):
         denoising_start: float | None = None,
         denoising_end: float | None = None,
         sizes: Sizes | None = None,
+        shortcuts: Shortcuts = Shortcuts(),  # noqa: B008
         callback: Callback | None = None,
     ) -> jax.Array:
         """Clean latents [n, h, w, c], one for each seed.
@@ -147,6 +150,7 @@ class Pipeline(Networks):
 
         latents, denoising_start, denoising_end: a refiner takes another model's latents over, at
         the share of the schedule where that one ended. sizes: what Stable Diffusion XL is told.
+        shortcuts: `jaxsd.Shortcuts`, what to leave out to be faster, at some loss.
         callback(i, t, latents) sees the latents after step i, which began at time t.
 
         Each image depends on its own seed, not on its neighbours. JaxsdError for arguments that
@@ -164,6 +168,7 @@ class Pipeline(Networks):
         tasks.check(self, given)
         steps = self.default_steps if steps is None else steps
         self.plan_steps(name, steps, given.share, denoising_start, denoising_end)
+        self.check_shortcuts(shortcuts, name)
         if latents is not None and latents.shape != noise.shape:
             raise JaxsdError(f"latents are {list(latents.shape)}, not {list(noise.shape)}")
         if self.guidance_embedded and any(negative):
@@ -200,6 +205,7 @@ class Pipeline(Networks):
             seeds=seeds,
             denoising_start=denoising_start,
             denoising_end=denoising_end,
+            shortcuts=shortcuts,
             callback=callback,
         )
 
@@ -241,6 +247,9 @@ class Pipeline(Networks):
         file is written it has another name. dtype: float32, float16 or bfloat16, by default each
         array's own; or int8, a quarter of float32's size, which jaxsd alone opens.
         """
+        if self.quantised:
+            raise JaxsdError("what computes in eight bits cannot be saved: save before quantize(), "
+                             "with dtype int8 for small files")  # fmt: skip
         configs = {name: component.net.config for name, component in self.components.items()}
         index = make_index(configs, self.schedule)
         if "force_zeros_for_empty_prompt" in index:
@@ -304,6 +313,7 @@ def load(
     *,
     controlnets: Sequence[str | PurePath] = (),
     compiled: str | PurePath | None = None,
+    quantize: str | None = None,
     **options: Any,
 ) -> Pipeline:
     """Opens a model: one that ships, a diffusers folder, a single file, or a Hub id ("owner/name").
@@ -312,6 +322,7 @@ def load(
     which of several files to read, in the components that have it. controlnets: folders or Hub ids.
     compiled: a folder that `jaxsd compile` made of this model; nothing is traced then, and what is
     not in it is refused.
+    quantize: "int8" or "fp8": the UNet's weights in eight bits (`Pipeline.quantize`).
     options: `family`, `config`, `tokenizer`, `use_ema` and `sharding`, as `components.load_parts`
     tells. JaxsdError says what is missing or wrong.
     """
@@ -319,6 +330,8 @@ def load(
     folders = [find(name, variant) for name in controlnets]
     nets = [load_component(folder, dtype, variant, kind="controlnet") for folder in folders]
     pipe = of_parts(parts, nets)
+    if quantize is not None:
+        pipe.quantize(quantize)
     if compiled is not None:
         pipe.programs.read(compiled, pipe.compiled_for)
     return pipe

@@ -77,6 +77,18 @@ def test_a_picture_holds_how_it_was_made(tmp_path, capsys):
         assert image.text["model"] == "digits" and image.text["sampler"] == "ddim"
 
 
+def test_options_that_trade_exactness_for_speed(tmp_path, capsys):
+    faster = ("--guidance-interval", 0.2, "inf", "--cache-every", 2, "--quantize", "int8")
+    arguments = ("seven", "--steps", 3, "--out", tmp_path)
+    status, out, _ = call(capsys, "sample", *arguments, *faster)
+    assert status == 0
+    with Image.open(out.strip()) as image:
+        assert json.loads(image.text["cache_every"]) == 2 and image.text["quantize"] == "int8"
+        assert json.loads(image.text["guidance_interval"]) == [0.2, np.inf]
+    said = refused(capsys, "sample", *arguments, "--cache-every", 2, "--sampler", "heun")
+    assert "take a sampler that looks once" in said
+
+
 def test_a_guidance_of_zero_is_told(tmp_path, capsys):
     arguments = ("seven", "--steps", 2, "--guidance-scale", 0, "--out", tmp_path)
     with Image.open(call(capsys, "sample", *arguments)[1].strip()) as image:

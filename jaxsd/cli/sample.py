@@ -40,6 +40,15 @@ class Options(Together):
     distilled model is made for."""
     guidance_rescale: float = 0.0
     """From 0 to 1: tames the contrast of a high guidance scale."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only where the noise level sigma / alpha is from the first to the second (inf for no
+    limit): elsewhere one pass instead of two. Faster, another picture."""
+    cache_every: int = 1
+    """Compute the UNet's deep blocks in every so many steps alone. Faster, a little worse."""
+    cache_branch: int = 0
+    """Around how many skip connections, less one, the outer blocks are computed between them."""
+    quantize: Literal["int8", "fp8"] | None = None
+    """Keep the UNet's weights in eight bits: less memory, a little worse. LoRAs are merged."""
     sampler: str | None = None
     """ddim, euler, dpmpp_2m, ...: an unknown name lists all; by default the model's own."""
     eta: float = 0.0

@@ -270,9 +270,25 @@ def run(
     who wants to look at the latents in between. `after(x, i)` may change the latents after step i,
     to blend in what inpainting keeps.
     """
+    body = make_body(sampler, schedule, denoise, keys, steps, eta, after)
+    return jax.lax.fori_loop(start, stop, body, (x, history))
+
+
+def make_body(
+    sampler: Sampler,
+    schedule: Schedule,
+    denoise: Denoise,
+    keys: jax.Array,
+    steps: Steps,
+    eta: jax.Array,
+    after: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> Callable[[jax.Array, tuple[jax.Array, History]], tuple[jax.Array, History]]:
+    """Step i of the loop of `run`, which has the arguments: (i, (x, history)) -> (x, history)."""
     predict = Predict(schedule, denoise)
 
     def body(i, carry):
+        x = carry[0]
+
         def noise(k: int) -> jax.Array:
             def one(key):
                 key = jax.random.fold_in(jax.random.fold_in(key, i + 1), k)
@@ -283,7 +299,7 @@ def run(
         x_after, history = sampler.step(predict, *carry, steps, i, noise, eta)
         return (after(x_after, i) if after else x_after), history
 
-    return jax.lax.fori_loop(start, stop, body, (x, history))
+    return body
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -11,7 +11,7 @@ from jaxsd.models.clip import (
 from jaxsd.models.controlnet import ControlNet
 from jaxsd.models.embeddings import guidance_scale_embedding
 from jaxsd.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
-from jaxsd.models.unet import UNet, class_input
+from jaxsd.models.unet import UNet, branches, class_input, deep_shape
 from jaxsd.models.unet_config import ControlNetConfig, UNet2DConfig, UNetConfig
 from jaxsd.models.vae import AutoencoderKL, VAEConfig
 
@@ -31,6 +31,8 @@ __all__ = [
     "UNet2DConfig",
     "UNetConfig",
     "VAEConfig",
+    "branches",
     "class_input",
+    "deep_shape",
     "guidance_scale_embedding",
 ]

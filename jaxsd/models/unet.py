@@ -7,6 +7,8 @@ middle, and up again; every output on the way down returns as a skip connection 
 cross-attention.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -186,8 +188,74 @@ class UNet(UNetEncoder):
             skips = [s + r for s, r in zip(skips, down_block_residuals, strict=True)]
         if mid_block_residual is not None:
             x = x + mid_block_residual
-        for block in self.up_blocks:
-            x = block(x, skips, time, encoder_hidden_states)
+        return self._leave(self._up(x, skips, time, encoder_hidden_states))
+
+    def and_deep(
+        self,
+        sample: Float[Array, "b h w c"],
+        timestep: Num[Array, " b"],
+        encoder_hidden_states: Float[Array, "b s d"] | None = None,
+        class_labels: Num[Array, " b"] | Float[Array, "b k"] | None = None,
+        *,
+        branch: int,
+        **added: Any,
+    ) -> tuple[Float[Array, "b h w c2"], Float[Array, "b h2 w2 c3"]]:
+        """The prediction, and the features that enter the way up where skip `branch` does.
+
+        branch: 0 (the output of `conv_in`) ... `branches(config)` - 1. Otherwise told as `__call__`
+        is. The shape of the features is `deep_shape`.
+        """
+        time = self.embed(timestep, sample.dtype, class_labels, **added)
+        x, skips = self.encode(self._enter(sample), time, encoder_hidden_states)
+        deep = self._up(x, skips, time, encoder_hidden_states, branch + 1)
+        return self._leave(self._up(deep, skips, time, encoder_hidden_states)), deep
+
+    def around_deep(
+        self,
+        sample: Float[Array, "b h w c"],
+        timestep: Num[Array, " b"],
+        encoder_hidden_states: Float[Array, "b s d"] | None = None,
+        class_labels: Num[Array, " b"] | Float[Array, "b k"] | None = None,
+        *,
+        branch: int,
+        deep: Float[Array, "b h2 w2 c3"],
+        **added: Any,
+    ) -> Float[Array, "b h w c2"]:
+        """The prediction from such features, of another time: what lies deeper is not computed.
+
+        DeepCache (2312.00858, section 3.2).
+        """
+        time = self.embed(timestep, sample.dtype, class_labels, **added)
+        outputs = self._outputs(self._enter(sample), time, encoder_hidden_states)
+        skips = list(itertools.islice(outputs, branch + 1))
+        return self._leave(self._up(deep, skips, time, encoder_hidden_states))
+
+    def _outputs(
+        self, x: jax.Array, time: jax.Array, context: jax.Array | None
+    ) -> Iterator[jax.Array]:
+        """The skips one by one, from the finest on."""
+        yield x
+        for block in self.down_blocks:
+            for x in block.outputs(x, time, context):  # noqa: B020
+                yield x
+
+    def _up(
+        self,
+        x: jax.Array,
+        skips: list[jax.Array],
+        time: jax.Array,
+        context: jax.Array | None,
+        left: int = 0,
+    ) -> jax.Array:
+        """Up from where the last of the skips enters, until `left` of them have not."""
+        layers = self.config.layers_per_block + 1
+        while len(skips) > left:
+            block, layer = divmod(len(self.skip_channels) - len(skips), layers)
+            stop = min(layers, layer + len(skips) - left)
+            x = self.up_blocks[block](x, skips, time, context, range(layer, stop))
+        return x
+
+    def _leave(self, x: jax.Array) -> jax.Array:
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
     def features(
@@ -204,3 +272,19 @@ class UNet(UNetEncoder):
 
     def _enter(self, sample: jax.Array) -> jax.Array:
         return self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
+
+
+def branches(config: BackboneConfig) -> int:
+    """How many skip connections there are: where `UNet.and_deep` can take features."""
+    return len(config.block_out_channels) * (config.layers_per_block + 1)
+
+
+def deep_shape(config: BackboneConfig, branch: int, height: int, width: int) -> tuple[int, ...]:
+    """[h, w, c] of the features that `UNet.and_deep` takes at `branch` from pictures of a size."""
+    channels = config.block_out_channels
+    level, layer = divmod(branch, config.layers_per_block + 1)
+    # The first ResNet block of a level's way up sees what comes from the level below
+    below = layer == config.layers_per_block and level + 1 < len(channels)
+    for _ in range(level):
+        height, width = ((side + config.downsample_padding) // 2 for side in (height, width))
+    return height, width, channels[level + below]

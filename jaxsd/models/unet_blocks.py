@@ -4,6 +4,7 @@ Named after diffusers' block types: plain (`DownBlock2D`), with self-attention (
 or with transformers that read a text (`CrossAttnDownBlock2D`).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -78,14 +79,18 @@ class DownBlock(Stage):
     def __call__(
         self, x: jax.Array, time: jax.Array, context: jax.Array | None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        skips = []
+        skips = list(self.outputs(x, time, context))
+        return skips[-1], skips
+
+    def outputs(
+        self, x: jax.Array, time: jax.Array, context: jax.Array | None
+    ) -> Iterator[jax.Array]:
+        """The skips one by one: what is not asked for is not computed."""
         for i, resnet in enumerate(self.resnets):
             x = self.attend(i, resnet(x, time), context)
-            skips.append(x)
+            yield x
         if self.downsamplers is not None:
-            x = self.downsamplers[0](x)
-            skips.append(x)
-        return x, skips
+            yield self.downsamplers[0](x)
 
 
 class MidBlock(Stage):
@@ -103,7 +108,10 @@ class MidBlock(Stage):
 
 
 class UpBlock(Stage):
-    """Takes one skip more than the down block has layers; then doubles to the next skip's size."""
+    """Takes one skip more than the down block has layers; then doubles to the next skip's size.
+
+    layers: of its ResNet blocks those to go through; after the last the size doubles.
+    """
 
     def __init__(
         self,
@@ -120,12 +128,18 @@ class UpBlock(Stage):
         self.upsamplers = None if last else nnx.List([Upsample(outputs)])
 
     def __call__(
-        self, x: jax.Array, skips: list[jax.Array], time: jax.Array, context: jax.Array | None
+        self,
+        x: jax.Array,
+        skips: list[jax.Array],
+        time: jax.Array,
+        context: jax.Array | None,
+        layers: range | None = None,
     ) -> jax.Array:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], -1), time)
+        layers = range(len(self.resnets)) if layers is None else layers
+        for i in layers:
+            x = self.resnets[i](jnp.concatenate([x, skips.pop()], -1), time)
             x = self.attend(i, x, context)
-        if self.upsamplers is not None:
+        if self.upsamplers is not None and layers.stop == len(self.resnets):
             # The skip's size, not twice ours: they differ when a size was odd on the way down.
             _, h, w, _ = skips[-1].shape
             x = self.upsamplers[0](x, (h, w))

@@ -13,6 +13,7 @@ from jaxsd.cli.sample import Options
 from jaxsd.cli.several import split
 from jaxsd.cli.together import NAMES
 from jaxsd.errors import JaxsdError
+from jaxsd.shortcuts import Shortcuts
 from jaxsd.weights import edits
 
 # Of the options what does not make the picture.
@@ -76,6 +77,7 @@ class Session:
             steps=o.steps,
             guidance_scale=o.guidance_scale,
             guidance_rescale=o.guidance_rescale,
+            shortcuts=Shortcuts(o.guidance_interval, o.cache_every, o.cache_branch),
             sampler=o.sampler,
             eta=o.eta,
             clip_skip=o.clip_skip,
@@ -137,6 +139,10 @@ def load(options: Options) -> Session:
         pipe.add_lora(name, scale)
     for text in options.textual_inversion:
         pipe.add_embedding(*split(text, str, None))
+    if options.quantize:
+        if pipe.loras:
+            pipe.merge_loras()
+        pipe.quantize(options.quantize)
     refiner = None if options.refiner is None else pipeline.load(options.refiner, **shared)
     changes: dict[str, Any] = {}
     if options.spacing:

@@ -90,7 +90,9 @@ class Conv2d(nnx.Module):
         init: Initializer = fan_in_uniform,
     ):
         self.stride = stride
-        self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        if isinstance(padding, int):
+            padding = ((padding, padding), (padding, padding))
+        self.padding = padding
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
         self.weight = parameter((outputs, inputs, *sides), init)
         self.bias = parameter((outputs,), zeros) if bias else None

@@ -40,6 +40,8 @@ class Options:
     """Height and width; by default the model's."""
     dtype: str = "float32"
     rounds: int = 5
+    cold: bool = True
+    """Also with an empty cache."""
 
 
 def main(options: Options) -> None:
@@ -53,7 +55,7 @@ def main(options: Options) -> None:
         found: dict[str, list[dict[str, float]]] = defaultdict(list)
         for turn in range(-1, options.rounds):  # the first fills the cache of the traced ones
             for ahead in ([], ["--compiled", work / "made"]):
-                for cache in ("empty", "full"):
+                for cache in ("empty", "full") if options.cold else ("full",):
                     if turn < 0 and (ahead or cache == "empty"):
                         continue
                     shutil.rmtree(work / "empty", ignore_errors=True)
@@ -127,6 +129,8 @@ def loop_alone(work: Path, form: str, arguments: list[str]) -> float:
     size = {"height": options.height, "width": options.width}
     cond, uncond, noise = pipe.encode([""]), pipe.encode([""]), pipe.noise([0], **size)
     if form == "executable":
+        # One that came out of the cache can be serialised, but not loaded again.
+        jax.config.update("jax_enable_compilation_cache", False)
         part, file = pipe._compiled_denoise, work / "loop.bin"
 
         def call(*args, **static):

@@ -73,7 +73,7 @@ def open_once(library: str, folder: str) -> None:
     """In a process of its own: prints seconds of the call, seconds with reading, and peak bytes."""
     if library == "jaxsd":
         import jax
-        from transformers import CLIPTokenizer  # noqa: F401
+        import tokenizers  # noqa: F401
 
         from jaxsd.components import load_parts
 

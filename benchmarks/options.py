@@ -35,6 +35,8 @@ class Options:
     """digits, or a family: sd1, sd2, ..."""
     count: int = 500
     """Of `digits`: pictures in each row."""
+    rows: tuple[str, ...] = ()
+    """Of `digits`: which rows, beside "plain"; by default all."""
     steps: int = 50
     guidance_scale: float = 3.0
     batch_size: int = 50
@@ -66,6 +68,8 @@ def of_digits(options: Options) -> None:
     pipes = {None: load("digits")} | {form: load("digits", quantize=form) for form in FORMS}
     rows = {name: (None, shortcuts) for name, shortcuts in SHORTCUTS.items()}
     rows |= {form: (form, Shortcuts()) for form in FORMS}
+    wanted_rows = ("plain", *options.rows) if options.rows else tuple(rows)
+    rows = {name: row for name, row in rows.items() if name in wanted_rows}
 
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     pictures: dict[str, list[np.ndarray]] = {name: [] for name in rows}

@@ -1,7 +1,7 @@
 """What the options that trade exactness for speed save, and what they cost, on one machine.
 
     python benchmarks/options.py digits          # time for each picture, and how good pictures are
-    python benchmarks/options.py sd1 --size 256  # time of a step, memory, at full size
+    python benchmarks/options.py sd1             # arithmetic of a step, memory, time, at full size
 
 `digits` is measured as `jaxsd evaluate` measures it, with the same prompts and seeds in each row;
 RMSE is to the pictures without options, in pixels from -1 to 1. A family of jaxsd/families.py gets
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxsd import Shortcuts, eight_bits, families, load
+from jaxsd import Shortcuts, eight_bits, families, kernels, load
 from jaxsd.components import make_net
 from jaxsd.evaluation import report
 from jaxsd.evaluation.models import full_prompts
 from jaxsd.models import deep_shape
-from jaxsd.nn import Params
+from jaxsd.nn import Net, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +35,23 @@ class Options:
     """digits, or a family: sd1, sd2, ..."""
     count: int = 500
     """Of `digits`: pictures in each row."""
+    rows: tuple[str, ...] = ()
+    """Of `digits`: which rows, beside "plain"; by default all."""
     steps: int = 50
     guidance_scale: float = 3.0
     batch_size: int = 50
     size: int = 256
     """Of a family: height and width, in pixels."""
+    time: bool = True
+    """Of a family: also time it, in float32; else only count arithmetic and bytes, in seconds."""
     rounds: int = 5
-    dtype: str = "float32"
 
 
 SHORTCUTS = {
     "plain": Shortcuts(),
     "interval .2 – 2": Shortcuts((0.2, 2.0)),
-    "interval .5 – 10": Shortcuts((0.5, 10.0)),
     "cache every 2": Shortcuts(cache_every=2),
     "cache every 3": Shortcuts(cache_every=3),
-    "cache every 5": Shortcuts(cache_every=5),
     "cache every 3, branch 1": Shortcuts(cache_every=3, cache_branch=1),
     "both: .2 – 2, every 3": Shortcuts((0.2, 2.0), 3),
 }
@@ -67,6 +68,8 @@ def of_digits(options: Options) -> None:
     pipes = {None: load("digits")} | {form: load("digits", quantize=form) for form in FORMS}
     rows = {name: (None, shortcuts) for name, shortcuts in SHORTCUTS.items()}
     rows |= {form: (form, Shortcuts()) for form in FORMS}
+    wanted_rows = ("plain", *options.rows) if options.rows else tuple(rows)
+    rows = {name: row for name, row in rows.items() if name in wanted_rows}
 
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     pictures: dict[str, list[np.ndarray]] = {name: [] for name in rows}
@@ -107,65 +110,94 @@ def shares(seconds: Mapping[str, list[float]], name: str) -> float:
 # --- At full size ------------------------------------------------------------------------------
 
 FORMS = ("int8", "fp8")
+BRANCHES = (0, 3)
 
 
 def of_family(options: Options) -> None:
-    """A table of a family's UNet: guided steps, and the weights."""
-    family = families.get_family(options.model)
-    net = make_net(family.unet)
-    dtype = getattr(jnp, options.dtype)
+    """Tables of a family's UNet: what a step computes, what the weights take."""
+    config = families.get_family(options.model).unet
+    net, side = make_net(config), options.size // 8
+    shapes = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in net.shapes.items()}
+
+    def inputs(rows: int) -> dict[str, jax.Array]:
+        text = (rows, 77, config.cross_attention_dim)
+        return {
+            "sample": jax.random.normal(jax.random.key(0), (rows, side, side, config.in_channels)),
+            "timestep": jnp.full(rows, 500.0),
+            "encoder_hidden_states": jax.random.normal(jax.random.key(1), text),
+        }
+
+    def around(branch: int) -> dict[str, Any]:
+        deep = jnp.zeros((2, *deep_shape(config, branch, side, side)))
+        return inputs(2) | {"deep": deep}
+
+    def whole(params: Params, told: dict[str, jax.Array]) -> jax.Array:
+        return net(params, **told)
+
+    steps = {"guided": (whole, inputs(2)), "outside the interval": (whole, inputs(1))}
+    for branch in BRANCHES:
+        how = {"branch": branch, "method": "around_deep"}
+        steps[f"around kept features, branch {branch}"] = (
+            lambda params, told, how=how: net(params, **told, **how),
+            around(branch),
+        )
+    with kernels.compiling_for("gpu"):  # plain forms: of a loop, such as CPUs take, one turn counts
+        lowered = {name: program(ask).lower(shapes, told) for name, (ask, told) in steps.items()}
+    counts = {name: found.cost_analysis()["flops"] for name, found in lowered.items()}
+    print(f"| {options.model}, {options.size} px, a step | TFLOP | share |\n| --- | --- | --- |")
+    for name, count in counts.items():
+        print(f"| {name} | {count / 1e12:.3f} | {count / counts['guided']:.3f} |")
+
+    print(f"\n| {options.model}, weights of the UNet | GiB |\n| --- | --- |")
+    kept = {"float32": shapes}
+    for form in FORMS:
+        kept[form] = jax.eval_shape(lambda p, form=form: eight_bits.quantised(p, form), shapes)
+    for name, params in kept.items():
+        size = sum(value.size * value.dtype.itemsize for value in params.values())
+        print(f"| {name} | {size / 2**30:.2f} |")
+    if not options.time:
+        return
+
     rng = np.random.default_rng(0)
-    params = {
-        name: jnp.asarray(
-            rng.standard_normal(shape, np.float32) * max(np.prod(shape[1:]), 4) ** -0.5
-            + float(name.endswith("weight") and len(shape) == 1),
-            dtype,
-        )
-        for name, shape in net.shapes.items()
-    }
-    side = options.size // 8
-    x = jax.random.normal(jax.random.key(0), (2, side, side, family.unet.in_channels), dtype)
-    text = jax.random.normal(jax.random.key(1), (2, 77, family.unet.cross_attention_dim), dtype)
-    t = jnp.full(2, 500.0)
-
-    whole = jax.jit(lambda params, x: net(params, x, t, text))
-    rows: dict[str, Callable[[], jax.Array]] = {"guided step": lambda: whole(params, x)}
-    single = jax.jit(lambda params, x: net(params, x[:1], t[:1], text[:1]))
-    rows["outside the interval"] = lambda: single(params, x)
-    for branch in (0, 3):
-        deep = jnp.zeros((2, *deep_shape(family.unet, branch, side, side)), dtype)
-        told = {"branch": branch, "method": "around_deep"}
-        around = jax.jit(
-            lambda params, x, deep, told=told: net(params, x, t, text, deep=deep, **told)
-        )
-        rows[f"around kept features, branch {branch}"] = functools.partial(around, params, x, deep)
-    print_times(rows, options)
-
-    plain = np.asarray(whole(params, x), np.float32)
-    size = sum(value.nbytes for value in params.values())
-    rows = {f"{options.dtype}": lambda: whole(params, x)}
-    print(f"| weights | GiB | temporaries, GiB | error of a prediction |\n| --- {'| --- ' * 3}|")
-    print(f"| {options.dtype} | {size / 2**30:.2f} | {temporaries(net, params, x, text)} | – |")
+    params = {name: random_weight(rng, name, shape) for name, shape in net.shapes.items()}
+    print()
+    calls = {n: functools.partial(program(a), params, told) for n, (a, told) in steps.items()}
+    print_times(calls, options)
+    guided = program(whole)
+    plain = np.asarray(guided(params, inputs(2)))
+    print("| weights | temporaries of a loop, GiB | error of a prediction |\n| --- | --- | --- |")
+    print(f"| float32 | {temporaries(net, params, inputs(2))} | – |")
+    calls = {"float32": calls["guided"]}
     for form in FORMS:
         small = eight_bits.quantised(params, form)
-        size = sum(value.nbytes for value in small.values())
-        said = np.asarray(whole(small, x), np.float32)
-        error = np.sqrt(np.mean((said - plain) ** 2) / np.mean(plain**2))
-        shown = f"{size / 2**30:.2f} | {temporaries(net, small, x, text)} | {error:.4f}"
-        print(f"| {form} | {shown} |")
-        rows[form] = lambda small=small: whole(small, x)
+        calls[form] = functools.partial(guided, small, inputs(2))
+        error = np.sqrt(np.mean((np.asarray(calls[form]()) - plain) ** 2) / np.mean(plain**2))
+        print(f"| {form} | {temporaries(net, small, inputs(2))} | {error:.4f} |")
     print()
-    print_times(rows, options)
+    print_times(calls, options)
 
 
-def temporaries(net, params: Params, x: jax.Array, text: jax.Array) -> str:
+def program(ask: Callable) -> Any:
+    """Its own, traced anew: what was traced for another platform is not to be run here."""
+    return jax.jit(lambda params, told: ask(params, told))
+
+
+def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Of a size that keeps activations as they are; the weights of norms are around one."""
+    drawn = rng.standard_normal(shape, np.float32) * max(np.prod(shape[1:]), 4) ** -0.5
+    return jnp.asarray(drawn + (name.endswith("weight") and len(shape) == 1), jnp.float32)
+
+
+def temporaries(net: Net, params: Params, told: dict[str, jax.Array]) -> str:
     """GiB that a loop over steps works with besides its arguments."""
 
-    def steps(params, x, count):
-        t = jnp.full(2, 500.0)
-        return jax.lax.fori_loop(0, count, lambda i, x: net(params, x, t, text), x)
+    def steps(params: Params, told: dict[str, jax.Array], count: int) -> jax.Array:
+        def step(i: jax.Array, x: jax.Array) -> jax.Array:
+            return net(params, **told | {"sample": x})
 
-    found: Any = jax.jit(steps).lower(params, x, 3).compile().memory_analysis()
+        return jax.lax.fori_loop(0, count, step, told["sample"])
+
+    found: Any = jax.jit(steps).lower(params, told, 3).compile().memory_analysis()
     return f"{found.temp_size_in_bytes / 2**30:.2f}"
 
 

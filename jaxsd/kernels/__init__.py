@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsd.kernels import cpu
+from jaxsd.kernels import cpu, tpu
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -46,6 +46,8 @@ def attention(
             q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         if not causal and cpu.attends_in_blocks(q.shape, k.shape[1]):
             return cpu.attention(q, k, v)
+    if platform() == "tpu" and not causal and tpu.attends(q.shape, k.shape[1]):
+        return tpu.attention(q, k, v)
     with jax.numpy_dtype_promotion("standard"):  # of bfloat16's scores to float32, inside
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
 

@@ -174,7 +174,7 @@ def _backward(
     """
     b, h, d, t = q.shape
     s = k.shape[2]
-    rows, _ = _block(t, QUERIES // 2, LANES)
+    rows = next(rows for rows in range(QUERIES // 2, 0, -LANES) if t % rows == 0)
     log_2 = math.log(2)
 
     def kernel(*refs: Any) -> None:

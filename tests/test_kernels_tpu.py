@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxsd import sharding
+from jaxsd import kernels, sharding
 from jaxsd.kernels import tpu
 
 TOLERANCE = 2e-5  # of the largest entry
@@ -65,14 +65,41 @@ def test_padding_has_no_share_where_all_scores_are_low():
     assert_near(with_gradients(interpreted)(*given), with_gradients(plain)(*given))
 
 
-@pytest.mark.parametrize("fsdp, tensor", [(2, 1), (1, 2)])
-def test_each_device_computes_its_own_rows_and_heads(fsdp, tensor):
+@pytest.mark.parametrize("fsdp, tensor, heads", [(2, 1, 2), (1, 2, 2), (1, 2, 1)])
+def test_each_device_computes_its_own_rows_and_heads(fsdp, tensor, heads):
     mesh = sharding.make_mesh(-1, fsdp, tensor)
-    place = NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
-    given = arrays(8, 128, 128, 2, 8)
-    step = with_gradients(interpreted)
+    split = NamedSharding(mesh, sharding.HEADS)
+    head_axis = "tensor" if heads == tensor else None
+    place = NamedSharding(mesh, jax.P(("data", "fsdp"), None, head_axis))
+    given = arrays(8, 128, 128, heads, 8)
+    step = with_gradients(functools.partial(interpreted, split=split))
     placed = [jax.device_put(x, place) for x in given]
     program = step.lower(*placed).compile().as_text()
-    for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+    for kind in ("all-gather", "all-to-all", "collective-permute"):
         assert kind not in program
     assert_near(step(*placed), with_gradients(plain)(*given))
+
+
+def test_rows_that_do_not_divide_stay_whole():
+    split = NamedSharding(sharding.make_mesh(), sharding.HEADS)
+    given = arrays(3, 128, 128, 1, 8)
+    step = with_gradients(functools.partial(interpreted, split=split))
+    assert_near(step(*given), with_gradients(plain)(*given))
+
+
+def test_gelu_for_bfloat16():
+    x = jnp.linspace(-20, 20, 100_001)
+    ours, slope = jax.vmap(jax.value_and_grad(lambda x: x * tpu.normal_cdf(x)))(x)
+    expected, true_slope = jax.vmap(jax.value_and_grad(kernels.gelu))(x)
+    assert abs(ours - expected).max() <= 5e-6  # of results that are rounded to 2e-3 of their size
+    assert abs(slope - true_slope).max() <= 5e-5
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_linear_layer_in_parts(parts):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((2, 3, 5), (8, 5)))
+    expected = jnp.split(jnp.einsum("bti,oi->bto", x, weight), parts, -1)
+    assert_near(kernels.linear(x, weight, parts), expected)
+    with kernels.compiling_for("tpu"):
+        assert_near(kernels.linear(x, weight, parts), expected)

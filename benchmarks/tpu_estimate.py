@@ -94,7 +94,9 @@ def _parse(line: str) -> Instruction | None:
     rest = rest[op.end() :]
     operands, _ = _closed(rest)
     operands = _NAME.findall(re.sub(r"/\*.*?\*/", "", operands))
-    return Instruction(head[1], op[1], [Shape.of(m) for m in _SHAPE.finditer(shape)], operands, rest)
+    return Instruction(
+        head[1], op[1], [Shape.of(m) for m in _SHAPE.finditer(shape)], operands, rest
+    )
 
 
 def _closed(text: str) -> tuple[str, str]:
@@ -180,7 +182,7 @@ class Program:
 
     def _trips(self, loop: Instruction) -> int:
         """How often a loop runs: known to the compiler, or what its condition compares with."""
-        if known := loop.attribute(r'known_trip_count[^\d]*(\d+)'):
+        if known := loop.attribute(r"known_trip_count[^\d]*(\d+)"):
             return int(known)
         condition = self._computations[loop.attribute(r"condition=%?([\w.\-]+)")]
         limits = [i.rest for i in condition.values() if i.op == "constant"]
@@ -216,7 +218,12 @@ class Program:
         for axis in (a for a in result if a.isdigit()):
             size, stride, before, after = (
                 _pick(window.get(key, ""), int(axis), default)
-                for key, default in (("size", 1), ("stride", 1), ("lhs_dilate", 1), ("rhs_dilate", 1))
+                for key, default in (
+                    ("size", 1),
+                    ("stride", 1),
+                    ("lhs_dilate", 1),
+                    ("rhs_dilate", 1),
+                )
             )
             pad = window["pad"].split("x")[int(axis)].split("_")[0] if "pad" in window else 0
             # Pairs of an output and a weight that meet an input, rather than what pads it
@@ -304,5 +311,9 @@ def collectives(text: str) -> dict[str, list[int]]:
             kind = match[1]
             if kind == "all-reduce" and "all-reduce-scatter" in computation:
                 kind = "reduce-scatter"
-            found[kind].append(sum(shape.size for shape in it.shapes))
+            sizes = [shape.size for shape in it.shapes]
+            if match[2] and kind != "all-reduce":  # what it takes, what it gives, and counters
+                sizes = [size for size in sizes if size > 4]
+                sizes = sizes[len(sizes) // 2 :]
+            found[kind].append(sum(sizes))
     return found

@@ -1,151 +1,236 @@
-"""What a training step needs on a TPU, without a TPU: compiled ahead of time by libtpu.
+"""What a program needs on TPUs, without a TPU: compiled ahead of time by libtpu.
 
-    python benchmarks/tpu.py --topology v5e:4x4 --model sd1 --fsdp 16 --batch 8 --remat full
+    python benchmarks/tpu.py --program step --model sd1 --topology v5e:2x4 --chips 1 --bundles
+    python benchmarks/tpu.py --program training --model sd1 --topology v5e:4x4 --fsdp 16 --batch 8
 
-prints the bytes on each chip (arguments: the state and the batch; temporaries; the two together)
-beside what a chip has, and what the chips send each other. The compiler places every buffer, so
-these are the bytes there would be; times cannot be had this way. Needs `pip install "jax[tpu]"`,
-any x86 machine, and some minutes. A program that is too large is refused as on the chip. The
-training is `train.py text-to-image` on cached latents, or another `--recipe`.
+prints for each chip the bytes (arguments: weights or the state, and the batch; temporaries; the two
+together) beside what it has, what the chips send each other, and an estimate of the time and of the
+share of the peak (tpu_estimate.py; with --bundles a better one, tpu_bundles.py). The compiler
+places every buffer, so these are the bytes there would be; the time is an estimate. Needs
+`pip install "jax[tpu]"`, any x86 machine, and some minutes. A program that is too large is refused
+as on the chip.
+
+`step` is the UNet with guidance once, `sampling` the loop of `--steps` of them by DDIM, both in the
+dtype and data-parallel; `training` is `train.py text-to-image` on cached latents, or another
+`--recipe`. A share of the peak counts products and convolutions without what pads them.
 """
 
-import collections
 import dataclasses
+import json
 import os
-import re
+import sys
+import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
+from typing import Any, Literal
 
 # Before jax is imported: there is no machine to ask what it is, and arrays live on the host.
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jax.numpy as jnp
+import tpu_bundles
+import tpu_estimate
 import tyro
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
-from latents import Latents, Recipe, held, objective
+from latents import TOKENS, Latents, Recipe, held, objective
 
-from jaxsd import families, sharding, training
+from jaxsd import families, kernels, sharding, training
+from jaxsd.diffusion import samplers
+from jaxsd.diffusion.denoise import guided
+from jaxsd.families import Family
+from jaxsd.models import UNet
+from jaxsd.nn import Net
 from jaxsd.training.placement import compile_step, make_mesh, spread
-
-# GiB of a chip's memory that programs may use.
-USABLE = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    program: Literal["step", "sampling", "training"] = "training"
     recipe: Recipe = "text-to-image"
     topology: str = "v5e:4x4"
     """The chips: a generation and a grid, such as v5e:4x4, v6e:2x2 or v5p:2x2x1."""
+    chips: int | None = None
+    """So many of them alone."""
     model: str = "sd1"
-    """A family, whose UNet is trained on cached latents."""
+    """A family, whose UNet is run or trained."""
     size: int = 512
     """Of the pictures, in pixels."""
     batch: int = 8
     """Pictures for each chip."""
+    steps: int = 20
+    """Of sampling."""
     accumulate: int = 1
     fsdp: int = 16
+    """Chips over which a training's state is split."""
     tensor: int = 1
     remat: str = "full"
     dtype: str = "bfloat16"
     optimizer: str = "adamw"
+    bundles: bool = False
+    """Count the bundles that the chip would issue."""
+    json: bool = False
+    """Print JSON alone."""
     hlo: Path | None = None
     """Where to write the compiled program, for a closer look."""
 
 
-def main(options: Options) -> None:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
-    chips = len(topology.devices)
+def training_program(options: Options, family: Family, devices: Any) -> tuple[Any, tuple]:
+    """A training's step, and the shapes of what it takes."""
+    names = ("accumulate", "fsdp", "tensor", "remat", "dtype", "optimizer")
     settings = training.Options(
         1000,
-        batch_size=options.batch * chips,
-        **{
-            name: getattr(options, name)
-            for name in ("accumulate", "fsdp", "tensor", "remat", "dtype", "optimizer")
-        },
+        batch_size=options.batch * len(devices),
+        **{name: getattr(options, name) for name in names},
     )
-    mesh = make_mesh(settings, topology.devices)
-    family = families.get_family(options.model)
+    mesh = make_mesh(settings, devices)
     goal = objective(options.recipe, family, options.dtype)
     optimizer = training.make_optimizer(settings)
-
     state, aux = spread(held(goal, optimizer, settings), settings, mesh)
     rows = NamedSharding(mesh, sharding.ROWS)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=rows)
-        for name, shape in Latents(family).shapes(settings.batch_size, options.size).items()
-    }
+    shapes = Latents(family).shapes(settings.batch_size, options.size)
+    batch = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for n, s in shapes.items()}
     step = compile_step(training.make_step(goal, optimizer, settings), state, settings)
+    return step, (state, aux, batch)
 
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    print(
-        f"{options.recipe}, {options.model}, {options.size} px, "
-        f"{options.batch} a chip of {options.topology}, {sizes}"
+
+def sampling_program(options: Options, family: Family, devices: Any) -> tuple[Any, tuple]:
+    """The denoising of latents, once or in a loop, and the shapes of what it takes."""
+    mesh = sharding.make_mesh(devices=devices)
+    everywhere, rows = (NamedSharding(mesh, spec) for spec in (sharding.WHOLE, sharding.ROWS))
+    net, unet, count = Net(UNet(family.unet)), family.unet, options.batch * len(devices)
+    assert family.vae is not None
+
+    def shape(*sizes: int, where: NamedSharding = rows, dtype: Any = options.dtype) -> Any:
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=where)
+
+    params = {name: shape(*sizes, where=everywhere) for name, sizes in net.shapes.items()}
+    told = {"encoder_hidden_states": shape(count, TOKENS, unet.cross_attention_dim)}
+    if unet.addition_embed_type == "text_time":
+        told |= {"text_embeds": shape(count, 1280), "time_ids": shape(count, 6)}
+    side = options.size // family.vae.downscale
+    x = shape(count, side, side, unet.in_channels, dtype="float32")
+    scales = shape(
+        1, count, where=NamedSharding(mesh, jax.P(None, *sharding.ROWS)), dtype="float32"
     )
-    print(
-        f"{options.dtype}, {options.optimizer}, remat {options.remat}, {options.accumulate} parts"
-    )
+
+    def denoise(params: Any, conditions: Any, scales: Any) -> Any:
+        def network(x: Any, t: Any, **told: Any) -> Any:
+            return net(params, x.astype(options.dtype), t, **told).astype(jnp.float32)
+
+        return guided(network, conditions, scales, jnp.float32(0))
+
+    def step(params: Any, x: Any, conditions: Any, scales: Any) -> Any:
+        return denoise(params, conditions, scales)(x, jnp.float32(500))
+
+    def loop(params: Any, x: Any, conditions: Any, scales: Any) -> Any:
+        sampler = samplers.SAMPLERS["ddim"]
+        grid = samplers.make_steps(family.schedule, "ddim", options.steps)
+        keys = jax.vmap(jax.random.key)(jnp.arange(count, dtype=jnp.uint32))
+        history = tuple(jnp.zeros_like(x) for _ in range(sampler.remembers))
+        given = (x, history, keys, grid, 0, options.steps, jnp.float32(0))
+        return samplers.run(sampler, family.schedule, denoise(params, conditions, scales), *given)[
+            0
+        ]
+
+    def told_where(*arguments: Any) -> Any:
+        platform = devices[0].platform
+        with kernels.compiling_for(platform, NamedSharding(mesh, sharding.HEADS)):
+            return (loop if options.program == "sampling" else step)(*arguments)
+
+    return jax.jit(told_where), (params, x, [told, told], scales)
+
+
+def measure(options: Options, folder: Path) -> dict[str, Any]:
+    """What compiling says; SystemExit where the program is refused. folder: of dumped bundles."""
+    generation = options.topology.split(":")[0]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
+    devices = topology.devices[: options.chips]
+    make = training_program if options.program == "training" else sampling_program
+    program, given = make(options, families.get_family(options.model), devices)
     start = time.perf_counter()
     try:
-        compiled = step.lower(state, aux, batch).compile()
+        compiled = program.lower(*given).compile()
     except jax.errors.JaxRuntimeError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        print("refused: " + "\n".join(lines[:8]))
-        raise SystemExit(1) from None
-    print(f"compiled in {time.perf_counter() - start:.0f} s\n")
-
-    memory = compiled.memory_analysis()
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    kinds = {"arguments": arguments, "temporaries": temporary, "not donated": extra, "code": code}
-    usable = USABLE[options.topology.split(":")[0]]
-    print("| a chip | GiB |\n| --- | --- |")
-    for kind, size in [*kinds.items(), ("together", sum(kinds.values()))]:
-        print(f"| {kind} | {size / 2**30:.2f} |")
-    print(f"| usable | {usable} |\n")
-
+        raise SystemExit("refused: " + "\n".join(lines[:8])) from None
+    seconds = time.perf_counter() - start
     text = compiled.as_text()
     if options.hlo is not None:
         options.hlo.write_text(text)
+
+    chip = tpu_estimate.CHIPS[generation]
+    memory = compiled.memory_analysis()
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "not donated": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    bundles = tpu_bundles.read(folder) if options.bundles else None
+    estimate = tpu_estimate.Program(text, chip, bundles)
+    kinds: dict[str, float] = {}
+    for row in estimate.rows:
+        kinds[row.kind] = kinds.get(row.kind, 0.0) + row.count * row.seconds
+    return {
+        "chips": len(devices),
+        "versions": {name: metadata.version(name) for name in ("jax", "libtpu")},
+        "compile_seconds": seconds,
+        "bytes": {**sizes, "together": sum(sizes.values()), "usable": int(chip.usable * 2**30)},
+        "milliseconds": estimate.seconds * 1e3,
+        "milliseconds_by_kind": {kind: time * 1e3 for kind, time in kinds.items()},
+        "tflop": estimate.flops / 1e12,
+        "share_of_peak": estimate.flops / chip.flops / estimate.seconds,
+        "collectives": {
+            kind: {"number": len(found), "bytes": sum(found)}
+            for kind, found in sorted(tpu_estimate.collectives(text).items())
+        },
+    }
+
+
+def report(options: Options, found: dict[str, Any]) -> None:
+    what = options.recipe if options.program == "training" else options.program
+    print(
+        f"{what}, {options.model}, {options.size} px, {options.batch} a chip, {found['chips']} "
+        f"of {options.topology}, {options.dtype}, "
+        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    )
+    if options.program == "training":
+        print(
+            f"fsdp {options.fsdp}, tensor {options.tensor}, {options.optimizer}, "
+            f"remat {options.remat}, {options.accumulate} parts"
+        )
+    print(f"compiled in {found['compile_seconds']:.0f} s\n\n| a chip | |\n| --- | --- |")
+    for kind, size in found["bytes"].items():
+        print(f"| {kind} | {size / 2**30:.2f} GiB |")
+    by = "bundles" if options.bundles else "the compiler's cycles"
+    print(f"| estimated time, by {by} | {found['milliseconds']:.1f} ms |")
+    for kind, time_ in found["milliseconds_by_kind"].items():
+        print(
+            f"| … of {kind}s | {time_:.1f} ms |"
+            if kind != "other"
+            else f"| … else | {time_:.1f} ms |"
+        )
+    print(f"| arithmetic | {found['tflop']:.2f} TFLOP |")
+    print(f"| estimated share of peak | {found['share_of_peak']:.0%} |\n")
     print("| collective | number | GiB, of the whole arrays |\n| --- | --- | --- |")
-    for kind, found in sorted(collectives(text).items()):
-        print(f"| {kind} | {len(found)} | {sum(found) / 2**30:.3f} |")
+    for kind, row in found["collectives"].items():
+        print(f"| {kind} | {row['number']} | {row['bytes'] / 2**30:.3f} |")
 
 
-_SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
-_COLLECTIVE = re.compile(
-    r" = (?P<shape>\(.*?\)|\S+) "
-    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-
-
-def collectives(text: str) -> dict[str, list[int]]:
-    """Of a compiled program, by kind: the bytes of each, in a chip's view, before any scattering.
-
-    A sum of which each chip keeps its piece is a reduce-scatter, however the compiler writes it.
-    What is in the body of a loop is listed once.
-    """
-    found: dict[str, list[int]] = collections.defaultdict(list)
-    computation = ""
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            computation = line
-        if match := _COLLECTIVE.search(line):
-            kind = match["kind"]
-            if kind == "all-reduce" and "all-reduce-scatter" in computation:
-                kind = "reduce-scatter"
-            found[kind].append(sum(_bytes(m) for m in _SHAPE.finditer(match["shape"])))
-    return found
-
-
-def _bytes(shape: re.Match) -> int:
-    bits = 8 if shape[1] == "pred" else int(shape[2])
-    count = 1
-    for size in filter(None, shape[3].split(",")):
-        count *= int(size)
-    return count * bits // 8
+def main(options: Options) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if options.bundles:  # read when libtpu is loaded
+            os.environ["LIBTPU_INIT_ARGS"] = tpu_bundles.FLAGS.format(folder=folder)
+        found = measure(options, Path(folder))
+    if options.json:
+        json.dump(found, sys.stdout, indent=2)
+    else:
+        report(options, found)
 
 
 if __name__ == "__main__":

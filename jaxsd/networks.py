@@ -4,15 +4,17 @@ Prompts, seeds, scales and the number of steps go in as values; another shape, s
 number of conditions compiles anew.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from PIL import Image
 
-from jaxsd import denoising, kernels, pictures
+from jaxsd import denoising, kernels, pictures, sharding
 from jaxsd.conditioning import Sizes, class_labels
 from jaxsd.denoising import Inputs, Start
 from jaxsd.diffusion import samplers
@@ -22,7 +24,6 @@ from jaxsd.errors import JaxsdError
 from jaxsd.families import latent_shape
 from jaxsd.model import Model
 from jaxsd.nn import Params
-from jaxsd.sharding import split_rows
 from jaxsd.shortcuts import Shortcuts, Way, check_shortcuts, no_features, plan_ways
 from jaxsd.tiling import tiled
 from jaxsd.weights import lora
@@ -115,7 +116,7 @@ class Networks(Model):
             default[1] if width is None else width,
             self.schedule.pictures_predicted,
         )
-        return split_rows(self._compiled_noise(_keys(seeds), shape=shape), self.rows)
+        return sharding.split_rows(self._compiled_noise(_keys(seeds), shape=shape), self.rows)
 
     def denoise(
         self,
@@ -320,6 +321,13 @@ class Networks(Model):
 
     # --- The compiled parts ---
 
+    def _spread(self, rows: int) -> contextlib.AbstractContextManager:
+        """While a part is traced: how its batch lies on several devices, if it does."""
+        if self.rows is None or rows % self.rows.mesh.size:
+            return contextlib.nullcontext()
+        split = NamedSharding(self.rows.mesh, sharding.HEADS)
+        return kernels.compiling_for(kernels.platform(), split)
+
     def _loop(
         self,
         inputs: Inputs,
@@ -333,27 +341,31 @@ class Networks(Model):
         ways: tuple[Way, ...],
     ):
         nets = [component.net for component in self.controlnets]
-        return denoising.loop(
-            self.unet, nets, schedule, sampler, ways, inputs, x, history, begin, end
-        )
+        with self._spread(len(x)):
+            return denoising.loop(
+                self.unet, nets, schedule, sampler, ways, inputs, x, history, begin, end
+            )
 
     def _predict(self, params: Params, loras, lora_scales, conditions, scales, x, t) -> jax.Array:
         params = lora.apply(params, loras, lora_scales)
         network = denoising.make_network(self.unet, params)
-        return guided(network, conditions, scales, jnp.float32(0))(x, t)
+        with self._spread(len(x)):
+            return guided(network, conditions, scales, jnp.float32(0))(x, t)
 
     def _encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The mean of the latents, as the VAE gives them."""
         assert self.vae is not None
         params, x = _computable(params, x)
-        return self.vae(params, x, method="encode")[0].astype(jnp.float32)
+        with self._spread(len(x)):
+            return self.vae(params, x, method="encode")[0].astype(jnp.float32)
 
     def _decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Pictures in [-1, 1], more or less."""
         if self.vae is None:
             return latents
         params, x = _computable(params, latents / self.vae.config.scaling_factor)
-        return self.vae(params, x, method="decode").astype(jnp.float32)
+        with self._spread(len(x)):
+            return self.vae(params, x, method="decode").astype(jnp.float32)
 
 
 def _keys(seeds: Sequence[int]) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxsd.errors import JaxsdError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
+HEADS = PartitionSpec(("data", "fsdp"), "tensor")  # of attention, after the rows
 WHOLE = PartitionSpec()
 
 # Below this many numbers an array is cheaper to keep everywhere than to gather at each use.

@@ -1,4 +1,4 @@
-"""Attention and convolution, each in the form that is fastest for its platform and shape.
+"""What costs most, each in the form that is fastest for its platform and shape.
 
 `jaxsd.nn` calls these and knows nothing of platforms. A form is chosen while a program is traced,
 by the platform that it is for: JAX's default backend or, where a program is compiled ahead of time
@@ -8,33 +8,54 @@ docs/performance.md with what it was measured to save.
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from jaxsd.kernels import cpu, gpu
+from jaxsd.kernels import cpu, gpu, tpu
 
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+class Target(NamedTuple):
+    """What programs are traced for: "cpu", "gpu" or "tpu", and how arrays [b, h] lie on chips.
+
+    split: None where a program runs on one chip, or it is not known.
+    """
+
+    platform: str
+    split: NamedSharding | None = None
+
+
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+def target() -> Target:
+    """What the program being traced is for: JAX's default backend unless `compiling_for` says."""
+    return _target.get() or Target(jax.default_backend())
 
 
 def platform() -> str:
     """What the program being traced is for: "cpu", "gpu" or "tpu"."""
-    return _platform.get() or jax.default_backend()
+    return target().platform
 
 
 @contextlib.contextmanager
-def compiling_for(name: str) -> Iterator[None]:
-    """Programs traced in this context are for another platform than this process computes on.
+def compiling_for(platform: str, split: NamedSharding | None = None) -> Iterator[None]:
+    """Programs traced in this context are for this platform, which need not be the process' own.
 
-    For "any" attention and convolution are JAX's own, which every platform can compute.
+    split: how batches and heads (arrays [b, h]) lie on several chips. A program for several is
+    told so here, or its attention is XLA's, which is slower on TPUs. For "any" attention and
+    convolution are JAX's own, which every platform can compute.
     """
-    token = _platform.set(name)
+    token = _target.set(Target(platform, split))
     try:
         yield
     finally:
-        _platform.reset(token)
+        _target.reset(token)
 
 
 def compiler_options() -> dict[str, str]:
@@ -60,11 +81,39 @@ def attention(
             q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         if not causal and cpu.attends_in_blocks(q.shape, k.shape[1]):
             return cpu.attention(q, k, v)
+    if platform() == "tpu" and not causal and tpu.attends(q.shape, k.shape[1]):
+        # Where it may be for several chips, and not known how: XLA, which can divide its own only
+        if _target.get() or jax.device_count() == 1:
+            return tpu.attention(q, k, v, target().split)
     flash = platform() == "gpu" and gpu.flash(q.shape, k.shape[1], q.dtype)
     with jax.numpy_dtype_promotion("standard"):  # of bfloat16's scores to float32, inside
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, implementation="cudnn" if flash else None
         )
+
+
+def linear(
+    x: Float[Array, "... i"], weight: Float[Array, "o i"], parts: int = 1
+) -> list[Float[Array, "... p"]]:
+    """x weight^T, the outputs in equal parts."""
+    if platform() == "tpu":
+        # Of axes as they are, which XLA lays out as what follows wants them; and each part a
+        # product of its own, at whose end is done what is done to the part.
+        dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+        return [jax.lax.dot_general(x, part, dimensions) for part in jnp.split(weight, parts)]
+    # Flat, because XLA's CPU backend takes a fast matrix product only for two plain axes: three
+    # times faster through the gradient than contracting "...i,oi->...o".
+    flat = x.reshape(-1, x.shape[-1]) @ weight.T
+    return jnp.split(flat.reshape(*x.shape[:-1], flat.shape[-1]), parts, -1)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x), computed in float32."""
+    y = x.astype(jnp.float32)
+    if platform() == "tpu" and x.dtype == jnp.bfloat16:
+        return (y * tpu.normal_cdf(y)).astype(x.dtype)
+    # By erf, as in torch: jax's own takes erfc, which is three times the work for a TPU.
+    return (0.5 * y * (1 + jax.lax.erf(math.sqrt(0.5) * y))).astype(x.dtype)
 
 
 def convolution(

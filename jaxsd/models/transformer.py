@@ -4,7 +4,6 @@ Vaswani et al. 2017, applied to the positions of a feature map (Rombach et al. 2
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -38,7 +37,7 @@ class GEGLU(nnx.Module):
         self.proj = Linear(inputs, 2 * outputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, gate = jnp.split(self.proj(x), 2, -1)
+        x, gate = self.proj.parts(x, 2)
         return x * gelu(gate)
 
 

@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxsd import sharding
+from jaxsd import kernels, sharding
 from jaxsd.errors import JaxsdError
 from jaxsd.objectives import Objective
 from jaxsd.training.optimizers import make_optimizer
@@ -81,8 +81,14 @@ def compile_step(step: Callable[..., Any], state: TrainState, options: Options) 
     where = jax.tree.map(lambda array: array.sharding, state)
     mesh = where.step.mesh
     platform = mesh.devices.flat[0].platform  # which need not be that of the machine that compiles
+
+    @functools.wraps(step)
+    def told(*arguments: Any) -> Any:
+        with kernels.compiling_for(platform, NamedSharding(mesh, sharding.HEADS)):
+            return step(*arguments)
+
     return jax.jit(
-        step,
+        told,
         donate_argnums=0,
         out_shardings=(where, NamedSharding(mesh, sharding.WHOLE)),
         compiler_options=compiler_options(options, platform),

@@ -1,0 +1,286 @@
+"""Attention for TPUs: a Pallas kernel whose scores never leave the chip's vector memory.
+
+Everything is transposed. Heads of 40 to 160 channels would fill the 128 lanes of a tile badly, so
+these hold positions instead: q and v are [d, positions], scores are [keys, queries], and the
+product with v streams d rows, not 128, through the matrix unit. XLA lays projections out like
+this without a copy. Softmax is Milakov & Gimelshein's (1805.02867), to base 2 as the chip has it;
+gradients compute the scores again, as in Dao et al. 2022 (2205.14135).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+LANES = 128
+QUERIES = 1024  # most at a time
+KEYS = 128  # at a time
+UNROLLED = 32  # most blocks of keys in straight code, where the compiler overlaps neighbours
+MASKED = -1e30  # the score of a key that is padding: as -inf, but without nan
+
+
+def attends(shape: tuple[int, ...], keys: int) -> bool:
+    """Whether there are so many scores that XLA, which writes them to memory, is slower."""
+    return shape[1] * keys >= 1 << 20
+
+
+def attention(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s h d"],
+    v: Float[Array, "b s h d"],
+    split: NamedSharding | None = None,
+    interpret: bool = False,
+) -> Float[Array, "b t h d"]:
+    """softmax(q k^T / sqrt(d)) v.
+
+    split: of [b, h], over several chips, each of which computes its own: XLA itself can divide no
+    kernel. An axis that does not divide stays whole. interpret: on any machine, slowly.
+    """
+    local = functools.partial(_local, interpret=interpret)
+    if split is None:
+        return local(q, k, v)
+    rows, heads = (
+        axes if _divides(split, axes, q.shape[i]) else None
+        for axes, i in zip((*split.spec, None, None), (0, 2), strict=False)
+    )
+    spec = PartitionSpec(rows, None, heads, None)
+    shared = jax.shard_map(local, mesh=split.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return shared(q, k, v)
+
+
+def _divides(split: NamedSharding, axes: Any, size: int) -> bool:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return size % math.prod(split.mesh.shape[name] for name in names) == 0
+
+
+def _local(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
+    (_, t, _, d), s = q.shape, k.shape[1]
+    q = (q * jnp.float32(d**-0.5 * math.log2(math.e)).astype(q.dtype)).transpose(0, 2, 3, 1)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
+    q = _pad(q, 3, _block(t, QUERIES, LANES)[1])
+    padded = _block(s, UNROLLED * KEYS, KEYS)[1]
+    o = _attend(q, _pad(k, 2, padded), _pad(v, 3, padded), s, interpret)
+    return o[..., :t].transpose(0, 3, 1, 2)
+
+
+# Of log(Phi(x) / Phi(-x)) / x in powers of x^2, so fitted that x Phi(x) is off by 3.1e-6 at most.
+_LOGIT = (1.5956562720, 0.0729375821, -2.4972336081e-4, -6.1161994995e-5, 2.2381633576e-6)
+
+
+def normal_cdf(x: jax.Array) -> jax.Array:
+    """Phi(x) in float32 for what is rounded to bfloat16 then, in half the operations of erf's."""
+    square = jnp.minimum(x * x, 36.0)  # beyond, all of Phi is decided
+    logit = functools.reduce(lambda sum, c: sum * square + c, _LOGIT[-2::-1], _LOGIT[-1])
+    return jax.nn.sigmoid(x * logit)
+
+
+def _block(size: int, most: int, unit: int) -> tuple[int, int]:
+    """The size of equal blocks, multiples of a unit up to a most, and what they cover together."""
+    count = -(-size // most)
+    block = -(-size // (count * unit)) * unit
+    return block, count * block
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
+
+
+# --- The gradient ----------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> Any:
+    """q [b, h, d, t], k [b, h, s, d], v [b, h, d, s] -> [b, h, d, t], of the first `keys` keys."""
+    return _forward(q, k, v, keys, interpret)[0]
+
+
+def _attend_forward(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> Any:
+    # Named for `nn.rematerialise`: "selective" need not run the kernel again for these.
+    o, log_sum = (checkpoint_name(x, "attention") for x in _forward(q, k, v, keys, interpret))
+    return o, (q, k, v, o, log_sum)
+
+
+def _attend_backward(keys: int, interpret: bool, kept: Any, do: Any) -> Any:
+    q, k, v, o, log_sum = kept
+    k_t, v_t = (x.swapaxes(2, 3) for x in (k, v))
+    return _backward(q, k, k_t, v_t, o, do, log_sum, keys, interpret)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# --- The kernels -----------------------------------------------------------------------------
+
+
+def _forward(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """The attention, and for each query log2 of its sum of 2^score [b, h, 1, t], in float32."""
+    b, h, d, t = q.shape
+    s = k.shape[2]
+    rows, _ = _block(t, QUERIES, LANES)
+
+    def kernel(q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, log_ref: Any) -> None:
+        queries = q_ref[0, 0]
+
+        def step(carry: Any, scores: jax.Array, at: Any) -> Any:
+            most, total, o = carry
+            now = jnp.maximum(most, scores.max(0, keepdims=True))
+            weights, less = jnp.exp2(scores - now), jnp.exp2(most - now)
+            values = v_ref[0, 0, :, pl.ds(at, KEYS)]
+            total = total * less + weights.sum(0, keepdims=True)
+            return now, total, o * less + _product(values, weights.astype(values.dtype))
+
+        start = (
+            jnp.full((1, rows), MASKED, jnp.float32),
+            jnp.zeros((1, rows), jnp.float32),
+            jnp.zeros((d, rows), jnp.float32),
+        )
+        most, total, o = _over_keys(step, start, lambda at: _scores(k_ref, queries, at, keys), s)
+        o_ref[0, 0] = (o / total).astype(o_ref.dtype)
+        log_ref[0, 0] = most + jnp.log2(total)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(b, h, t // rows),
+        in_specs=[_some(d, rows), _all(s, d), _all(d, s)],
+        out_specs=[_some(d, rows), _some(1, rows)],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32),
+        ],
+        compiler_params=_options(k, v, scratch=0),
+        cost_estimate=_cost(2, q, k),
+        interpret=interpret,
+    )(q, k, v)
+
+
+def _backward(
+    q: Any, k: Any, k_t: Any, v_t: Any, o: Any, do: Any, log_sum: Any, keys: int, interpret: bool
+) -> tuple[jax.Array, ...]:
+    """The gradients of q, k and v, in their shapes: k's and v's are summed over blocks of q.
+
+    k_t, v_t: k and v, transposed.
+    """
+    b, h, d, t = q.shape
+    s = k.shape[2]
+    rows = next(rows for rows in range(QUERIES // 2, 0, -LANES) if t % rows == 0)
+    log_2 = math.log(2)
+
+    def kernel(*refs: Any) -> None:
+        q_ref, k_ref, k_t_ref, v_t_ref, o_ref, do_ref, log_ref, dq_ref, dk_ref, dv_ref = refs[:10]
+        dk_sum, dv_sum = refs[10:]
+        queries, d_out, log_sum = q_ref[0, 0], do_ref[0, 0], log_ref[0, 0]
+        of_out = d_out.astype(jnp.float32) * o_ref[0, 0].astype(jnp.float32)
+        of_out = of_out.sum(0, keepdims=True)
+
+        @pl.when(pl.program_id(2) == 0)
+        def _() -> None:
+            dk_sum[...] = jnp.zeros_like(dk_sum)
+            dv_sum[...] = jnp.zeros_like(dv_sum)
+
+        def products(at: Any) -> Any:
+            d_weights = _product(v_t_ref[0, 0, pl.ds(at, KEYS), :], d_out)
+            return _scores(k_ref, queries, at, keys), d_weights
+
+        def step(dq: jax.Array, made: Any, at: Any) -> jax.Array:
+            scores, d_weights = made
+            here = (slice(None), pl.ds(at, KEYS))
+            weights = jnp.exp2(scores - log_sum)
+            d_scores = (weights * (d_weights - of_out)).astype(queries.dtype)
+            dv_sum[here] += _product(d_out, weights.astype(d_out.dtype), 1)
+            dk_sum[here] += _product(queries, d_scores, 1)
+            return dq + _product(k_t_ref[0, 0, :, pl.ds(at, KEYS)], d_scores)
+
+        dq = _over_keys(step, jnp.zeros((d, rows), jnp.float32), products, s)
+        dq_ref[0, 0] = (dq * log_2).astype(dq_ref.dtype)
+
+        @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+        def _() -> None:
+            dk_ref[0, 0] = (dk_sum[...] * log_2).astype(dk_ref.dtype)
+            dv_ref[0, 0] = dv_sum[...].astype(dv_ref.dtype)
+
+    some, single, whole = _some(d, rows), _some(1, rows), _all(d, s)
+    dq, dk, dv = pl.pallas_call(
+        kernel,
+        grid=(b, h, t // rows),
+        in_specs=[some, _all(s, d), whole, _all(s, d), some, some, single],
+        out_specs=[some, whole, whole],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k_t, k_t)],
+        scratch_shapes=[pltpu.VMEM((d, s), jnp.float32)] * 2,
+        compiler_params=_options(k, k_t, v_t, k_t, k_t, scratch=2 * d * s * 4),
+        cost_estimate=_cost(5, q, k),
+        interpret=interpret,
+    )(q, k, k_t, v_t, o, do, log_sum)
+    return dq, dk.swapaxes(2, 3), dv
+
+
+def _scores(k_ref: Any, queries: jax.Array, at: Any, keys: int) -> jax.Array:
+    """Of a block of keys, in float32."""
+    scores = _product(k_ref[0, 0, pl.ds(at, KEYS), :], queries)
+    if k_ref.shape[2] == keys:
+        return scores
+    key = at + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    return jnp.where(key < keys, scores, MASKED)
+
+
+def _product(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
+    """a's last axis with one of b's, summed in float32."""
+    dimensions = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _over_keys(step: Callable, carry: Any, products: Callable, size: int) -> Any:
+    """carry = step(carry, products(at), at) for each block of keys, which begins `at`.
+
+    The products of the next block come before the step of this one, in which the matrix unit has
+    little to do: the compiler does both at once, but does not look so far ahead by itself.
+    """
+    straight, _ = _block(size, UNROLLED * KEYS, KEYS)
+
+    def some(i: Any, carry: Any) -> Any:
+        starts = [pl.multiple_of(i * straight, LANES) + at for at in range(0, straight, KEYS)]
+        made = products(starts[0])
+        for at, later in zip(starts, [*starts[1:], None], strict=True):
+            ahead = None if later is None else products(later)
+            carry, made = step(carry, made, at), ahead
+        return carry
+
+    return jax.lax.fori_loop(0, size // straight, some, carry)
+
+
+def _some(channels: int, rows: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, 1, channels, rows), lambda row, head, i: (row, head, 0, i))
+
+
+def _all(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, 1, *shape), lambda row, head, i: (row, head, 0, 0))
+
+
+def _options(*whole: jax.Array, scratch: int) -> pltpu.CompilerParams:
+    """whole: arrays of which a head is in vector memory at once, and the next one on its way."""
+
+    def tiled(x: jax.Array) -> int:
+        rows, columns = x.shape[2:]
+        return -(-rows // 16) * 16 * -(-columns // LANES) * LANES * x.dtype.itemsize
+
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=(16 << 20) + 2 * sum(map(tiled, whole)) + scratch,
+    )
+
+
+def _cost(products: int, q: jax.Array, k: jax.Array) -> pl.CostEstimate:
+    scores = k.shape[2] * q.size // q.shape[2]
+    moved = (2 * q.size + 2 * k.size) * q.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * products * scores * q.shape[2], transcendentals=scores, bytes_accessed=moved
+    )

@@ -1,0 +1,138 @@
+"""The estimator of programs for TPUs, on texts small enough to count by hand."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+PROGRAM = """HloModule small, is_scheduled=true, num_partitions=4
+
+%product (a: bf16[256,128], w: bf16[128,512]) -> bf16[256,512] {
+  %a = bf16[256,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[128,512]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %conv = bf16[256,512]{1,0} convolution(%a, %w), dim_labels=bf_io->bf
+}
+
+%body (b: (s32[], f32[40,100])) -> (s32[], f32[40,100]) {
+  %b = (s32[], f32[40,100]{1,0:T(8,128)}) parameter(0)
+  %x = f32[40,100]{1,0:T(8,128)} get-tuple-element(%b), index=1
+  %twice = f32[40,100]{1,0:T(8,128)} add(%x, %x)
+  %sum = f32[40,100]{1,0:T(8,128)} all-reduce(%twice), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %back = (s32[], f32[40,100]{1,0:T(8,128)}) tuple(%i, %sum)
+}
+
+%condition (c: (s32[], f32[40,100])) -> pred[] {
+  %c = (s32[], f32[40,100]{1,0:T(8,128)}) parameter(0)
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (p: bf16[256,128], q: bf16[128,512], r: f32[40,100]) -> bf16[256,512] {
+  %p = bf16[256,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[128,512]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %fusion.1 = bf16[256,512]{1,0:T(8,128)(2,1)} fusion(%p, %q), kind=kOutput, calls=%product, \
+backend_config={"window_config":{"iteration_bounds":["2","3"]},"estimated_cycles":"3000"}
+  %gathered = (bf16[64,8]{1,0:T(8,128)}, bf16[256,8]{1,0:T(8,128)}) all-gather-start(%s)
+  %done = bf16[256,8]{1,0:T(8,128)} all-gather-done(%gathered)
+  %picture = f32[1,8,8,2]{3,2,1,0} convolution(%u, %k), window={size=3x3 pad=1_1x1_1}, \
+dim_labels=b01f_01io->b01f, backend_config={"estimated_cycles":"1500"}
+  %loop = (s32[], f32[40,100]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[256,512]{1,0:T(8,128)(2,1)} copy(%fusion.1)
+}
+""".replace(
+    "  %picture", "  %u = f32[1,8,8,4] parameter(3)\n  %k = f32[3,3,4,2] parameter(4)\n  %picture"
+)
+
+
+def load(name):
+    sys.path.insert(0, str(BENCHMARKS))  # the scripts import each other
+    try:
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+estimate = load("tpu_estimate")
+bundles = load("tpu_bundles")
+CHIP = estimate.CHIPS["v5e"]
+
+
+def rows(**options):
+    return {row.name: row for row in estimate.Program(PROGRAM, CHIP, **options).rows}
+
+
+def test_flop_bytes_and_cycles():
+    found = rows()
+    product = found["fusion.1"]
+    assert product.flops == 2 * 256 * 128 * 512
+    assert product.bytes == 2 * 256 * 128 + 2 * 256 * 512  # q is in vector memory
+    assert product.seconds == pytest.approx(3000 / 1.5e9)
+    assert found["out"].bytes == 2 * 2 * 256 * 512
+    assert found["out"].seconds == pytest.approx(4 * 256 * 512 / 819e9)  # roofline
+
+
+def test_what_pads_a_convolution_is_no_arithmetic():
+    meeting = (3 * 8 - 2) ** 2  # pairs of an output and a weight that meet an input
+    assert rows()["picture"].flops == 2 * meeting * 4 * 2
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    twice = rows()["twice"]
+    assert twice.count == 7
+    padded = 4 * 40 * 128
+    assert twice.bytes == 3 * padded  # what is added to itself is read twice
+    total = estimate.Program(PROGRAM, CHIP).seconds
+    apart = 3000 / 1.5e9 + 1500 / 1.5e9 + (4 * 256 * 512 + 7 * 3 * padded) / 819e9
+    assert total == pytest.approx(apart)
+
+
+def test_bytes_of_collectives():
+    found = estimate.collectives(PROGRAM)
+    assert found["all-reduce"] == [4 * 40 * 100]
+    assert found["all-gather"] == [2 * 256 * 8]
+
+
+def test_bundles_take_the_place_of_cycles():
+    counted = estimate.Bundles(always=9000, seldom=600, rounds=4)
+    seconds = rows(bundles={"fusion.1": counted})["fusion.1"].seconds
+    busy, memory = (9000 + 600 / 3) / 1.5e9, (2 * 256 * 128 + 2 * 256 * 512) / 819e9
+    assert seconds == pytest.approx(max(busy, memory) + min(busy, memory) / 4)
+
+
+BUNDLES = """
+     0   :  { %1 = vld [vmem:[%a]] }
+   0x1   : > { %2 = vadd.f32 %1, %1 }
+   0x2   : >> { %3 = vmul.f32 %2, %2 }
+   0x3   : >> { %4 = scmp.ge.s32.totalorder %i, 5 /* loop exit test */ }
+   0x4   :  {}
+   0x5   : > { %5 = scmp.ge.s32.totalorder %j, 3 /* loop exit test */ }
+   0x6   :  { %6 = vst [vmem:[%b]], %3 }
+"""
+
+
+def test_bundles_of_nested_loops():
+    # One before and one after; three times: two and, five times, two and an empty one.
+    assert bundles.count(BUNDLES) == (1 + 3 * (2 + 5 * 3) + 1, 0, 3)
+
+
+def test_a_program_compiled_for_a_chip_is_understood():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    where = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=where)
+    text = jax.jit(jnp.dot).lower(x, x).compile().as_text()
+    program = estimate.Program(text, CHIP)
+    assert program.flops == 2 * 1024**3
+    assert 1 <= program.seconds * CHIP.flops / program.flops < 4

@@ -4,47 +4,30 @@ Prompts, seeds, scales and the number of steps go in as values; another shape, s
 number of conditions compiles anew.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from PIL import Image
 
-from jaxsd import denoising, kernels, pictures, sharding
+from jaxsd import denoising, pictures, sharding
+from jaxsd.compiled import Compiled
 from jaxsd.conditioning import Sizes, class_labels
 from jaxsd.denoising import Inputs, Start
 from jaxsd.diffusion import samplers
-from jaxsd.diffusion.denoise import Conditioning, guided
-from jaxsd.diffusion.schedule import Schedule
+from jaxsd.diffusion.denoise import Conditioning
 from jaxsd.errors import JaxsdError
 from jaxsd.families import latent_shape
-from jaxsd.model import Model
-from jaxsd.nn import Params
-from jaxsd.shortcuts import Shortcuts, Way, check_shortcuts, no_features, plan_ways
+from jaxsd.shortcuts import Shortcuts, check_shortcuts, no_features, plan_ways
 from jaxsd.tiling import tiled
-from jaxsd.weights import lora
 
 Callback = Callable[[int, float, jax.Array], None]
 
 
-class Networks(Model):
+class Networks(Compiled):
     """What each part of a model does; `Pipeline` makes pictures with them."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        jit, options = self.programs.jit, kernels.compiler_options()
-        self._compiled_noise = jit("noise", samplers.initial_noise, ("shape",))
-        self._compiled_denoise = jit(
-            "denoise", self._loop, ("schedule", "sampler", "ways"), options
-        )
-        self._compiled_predict = jit("predict", self._predict, (), options)
-        self._compiled_decode = jit("decode", self._decode, (), options)
-        self._compiled_encode = jit("encode", self._encode, (), options)
-        self._compiled_lora = jit("lora", lora.apply)
 
     def encode(
         self,
@@ -319,54 +302,6 @@ class Networks(Model):
             return self._compiled_decode(params, latents)
         return tiled(decode, np.asarray(latents), self.vae_tile, self._downscale)
 
-    # --- The compiled parts ---
-
-    def _spread(self, rows: int) -> contextlib.AbstractContextManager:
-        """While a part is traced: how its batch lies on several devices, if it does."""
-        if self.rows is None or rows % self.rows.mesh.size:
-            return contextlib.nullcontext()
-        split = NamedSharding(self.rows.mesh, sharding.HEADS)
-        return kernels.compiling_for(kernels.platform(), split)
-
-    def _loop(
-        self,
-        inputs: Inputs,
-        x,
-        history,
-        begin,
-        end,
-        *,
-        schedule: Schedule,
-        sampler: str,
-        ways: tuple[Way, ...],
-    ):
-        nets = [component.net for component in self.controlnets]
-        with self._spread(len(x)):
-            return denoising.loop(
-                self.unet, nets, schedule, sampler, ways, inputs, x, history, begin, end
-            )
-
-    def _predict(self, params: Params, loras, lora_scales, conditions, scales, x, t) -> jax.Array:
-        params = lora.apply(params, loras, lora_scales)
-        network = denoising.make_network(self.unet, params)
-        with self._spread(len(x)):
-            return guided(network, conditions, scales, jnp.float32(0))(x, t)
-
-    def _encode(self, params: Params, x: jax.Array) -> jax.Array:
-        """The mean of the latents, as the VAE gives them."""
-        assert self.vae is not None
-        params, x = _computable(params, x)
-        with self._spread(len(x)):
-            return self.vae(params, x, method="encode")[0].astype(jnp.float32)
-
-    def _decode(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Pictures in [-1, 1], more or less."""
-        if self.vae is None:
-            return latents
-        params, x = _computable(params, latents / self.vae.config.scaling_factor)
-        with self._spread(len(x)):
-            return self.vae(params, x, method="decode").astype(jnp.float32)
-
 
 def _keys(seeds: Sequence[int]) -> jax.Array:
     if not len(seeds):
@@ -387,10 +322,3 @@ def _one_or_each(values: float | Sequence[float], count: int, name: str) -> np.n
     if not np.isfinite(array).all():
         raise JaxsdError(f"{name} must be finite, not {values}")
     return np.broadcast_to(array, count)
-
-
-def _computable(params: Params, x: jax.Array) -> tuple[Params, jax.Array]:
-    """A VAE's parameters and input in one dtype: never float16, in which XL's overflows."""
-    dtype = next(iter(params.values())).dtype
-    dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
-    return {name: p.astype(dtype) for name, p in params.items()}, x.astype(dtype)

@@ -1,14 +1,17 @@
 """The TPU's attention, interpreted on CPU, against the plain form; compiled where libtpu is."""
 
 import functools
+import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from jaxsd import kernels, sharding
+from jaxsd import kernels, nn, sharding
 from jaxsd.kernels import tpu
 
 TOLERANCE = 2e-5  # of the largest entry
@@ -78,6 +81,21 @@ def test_each_device_computes_its_own_rows_and_heads(fsdp, tensor, heads):
     for kind in ("all-gather", "all-to-all", "collective-permute"):
         assert kind not in program
     assert_near(step(*placed), with_gradients(plain)(*given))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_compiled_for_eight_chips_no_rows_are_gathered(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    mesh = sharding.make_mesh(devices=topology.devices)
+    rows = NamedSharding(mesh, sharding.ROWS)
+    x = jax.ShapeDtypeStruct((16, 1024, 128), jnp.bfloat16, sharding=rows)
+    with kernels.compiling_for("tpu", NamedSharding(mesh, sharding.HEADS)):
+        step = jax.jit(jax.grad(lambda q, k, v: nn.attention(q, k, v, 2).sum(dtype=jnp.float32)))
+        program = step.lower(x, x, x).compile().as_text()
+    assert re.search(r"bf16\[2,2,64,1024\]\S*, .* custom-call", program)  # two rows of sixteen
+    assert "all-gather" not in program and "all-to-all" not in program
 
 
 def test_rows_that_do_not_divide_stay_whole():

@@ -81,7 +81,7 @@ def attention(
             q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         if not causal and cpu.attends_in_blocks(q.shape, k.shape[1]):
             return cpu.attention(q, k, v)
-    if platform() == "tpu" and not causal and tpu.attends(q.shape, k.shape[1]):
+    if platform() == "tpu" and not causal and tpu.attends(q, k):
         # Where it may be for several chips, and not known how: XLA, which can divide its own only
         if _target.get() or jax.device_count() == 1:
             return tpu.attention(q, k, v, target().split)

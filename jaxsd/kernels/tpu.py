@@ -27,9 +27,14 @@ UNROLLED = 32  # most blocks of keys in straight code, where the compiler overla
 MASKED = -1e30  # the score of a key that is padding: as -inf, but without nan
 
 
-def attends(shape: tuple[int, ...], keys: int) -> bool:
-    """Whether there are so many scores that XLA, which writes them to memory, is slower."""
-    return shape[1] * keys >= 1 << 20
+def attends(q: jax.Array, k: jax.Array) -> bool:
+    """Whether there are so many scores that XLA, which writes them to memory, is slower.
+
+    And what the kernel holds of keys and values fits: all of a head's, and twice.
+    """
+    keys, d = k.shape[1], q.shape[3]
+    fits = keys <= 1 << 14 and d <= 256 and q.dtype in (jnp.bfloat16, jnp.float32)
+    return fits and q.shape[1] * keys >= 1 << 20
 
 
 def attention(
@@ -49,7 +54,7 @@ def attention(
         return local(q, k, v)
     rows, heads = (
         axes if _divides(split, axes, q.shape[i]) else None
-        for axes, i in zip((*split.spec, None, None), (0, 2), strict=False)
+        for axes, i in zip((*tuple(split.spec), None, None), (0, 2), strict=False)
     )
     spec = PartitionSpec(rows, None, heads, None)
     shared = jax.shard_map(local, mesh=split.mesh, in_specs=spec, out_specs=spec, check_vma=False)
@@ -67,7 +72,7 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Arr
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
     q = _pad(q, 3, _block(t, QUERIES, LANES)[1])
     padded = _block(s, UNROLLED * KEYS, KEYS)[1]
-    o = _attend(q, _pad(k, 2, padded), _pad(v, 3, padded), s, interpret)
+    o: Any = _attend(q, _pad(k, 2, padded), _pad(v, 3, padded), s, interpret)
     return o[..., :t].transpose(0, 3, 1, 2)
 
 

@@ -52,10 +52,9 @@ def attention(
     local = functools.partial(_local, interpret=interpret)
     if split is None:
         return local(q, k, v)
-    rows, heads = (
-        axes if _divides(split, axes, q.shape[i]) else None
-        for axes, i in zip((*tuple(split.spec), None, None), (0, 2), strict=False)
-    )
+    rows, heads = (*tuple(split.spec), None, None)[:2]
+    rows = rows if _divides(split, rows, q.shape[0]) else None
+    heads = heads if _divides(split, heads, q.shape[2]) else None
     spec = PartitionSpec(rows, None, heads, None)
     shared = jax.shard_map(local, mesh=split.mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return shared(q, k, v)
@@ -240,7 +239,11 @@ def _scores(k_ref: Any, queries: jax.Array, at: Any, keys: int) -> jax.Array:
 def _product(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
     """a's last axis with one of b's, summed in float32."""
     dimensions = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    # Products of bfloat16 are exact, and Mosaic refuses to be asked for more
+    precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _over_keys(step: Callable, carry: Any, products: Callable, size: int) -> Any:

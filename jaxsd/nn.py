@@ -103,7 +103,9 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
-        return kernels.convolution(x, _weight(self.weight, x), bias, self.stride, self.padding)
+        whole = _remat.get() == "selective"
+        weight = _weight(self.weight, x)
+        return kernels.convolution(x, weight, bias, self.stride, self.padding, whole)
 
 
 class GroupNorm(nnx.Module):

@@ -122,17 +122,19 @@ def convolution(
     bias: Float[Array, " o"] | None,
     stride: int,
     padding: tuple[tuple[int, int], tuple[int, int]],
+    whole: bool = False,
 ) -> Float[Array, "b h2 w2 o"]:
-    """The convolution of pictures with kernels in torch's layout."""
+    """The convolution of pictures with kernels in torch's layout.
+
+    whole: as one operation, for a gradient that is to find its result stored and nothing else.
+    """
     kind = (weight.shape[2:], stride, padding)
+    if kind == ((3, 3), 1, ((1, 1), (1, 1))) and platform() == "cpu" and not whole:
+        if form := cpu.convolves(x.shape, x.dtype, len(weight)):
+            # A gradient finds what was given, and nothing of the much that is made on the way.
+            return jax.checkpoint(form)(x, weight, bias)
     if kind == ((1, 1), 1, ((0, 0), (0, 0))):
         y = (x.reshape(-1, x.shape[-1]) @ weight[:, :, 0, 0].T).reshape(*x.shape[:-1], -1)
-    elif (
-        kind == ((3, 3), 1, ((1, 1), (1, 1)))
-        and platform() == "cpu"
-        and (form := cpu.convolution_form(x.shape, x.dtype, weight))
-    ):
-        return form(x, weight, bias)
     else:
         # Transposed here, because XLA's CPU backend has a fast convolution for this order of axes
         # only, and puts others into it outside of loops only: ten times slower inside them.

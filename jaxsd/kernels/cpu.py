@@ -33,26 +33,29 @@ def attention(
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * h, x.shape[1], d) for x in (q, k, v))
     rows = min(t, 1 << max(0, (SCORES // k.shape[1]).bit_length() - 1))
     count = -(-t // rows)
-    q = jnp.pad(q * np.asarray(d**-0.5, q.dtype), ((0, 0), (0, count * rows - t), (0, 0)))
+    q = jnp.pad(q, ((0, 0), (0, count * rows - t), (0, 0)))
     k = k.transpose(0, 2, 1)
 
     @jax.checkpoint
     def block(i: jax.Array) -> jax.Array:
         head, start = i // count, i % count * rows
         queries = jax.lax.dynamic_slice(q, (head, start, 0), (1, rows, d))[0]
-        scores = (queries @ k[head]).astype(jnp.float32)
+        scores = jnp.matmul(queries, k[head], preferred_element_type=jnp.float32)
+        scores = scores * np.float32(d**-0.5)  # not the queries, which bfloat16 would round again
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = weights.sum(-1, keepdims=True)
-        return ((weights.astype(v.dtype) @ v[head]).astype(jnp.float32) / total).astype(v.dtype)
+        weights = weights.astype(v.dtype)
+        values = jnp.matmul(weights, v[head], preferred_element_type=jnp.float32)
+        return (values / total).astype(v.dtype)
 
     blocks = jax.lax.map(block, jnp.arange(b * h * count))
     return blocks.reshape(b, h, count * rows, d)[:, :, :t].transpose(0, 2, 1, 3)
 
 
-def convolution_form(shape: tuple[int, ...], dtype: Any, weight: jax.Array) -> Callable | None:
+def convolves(shape: tuple[int, ...], dtype: Any, outputs: int) -> Callable | None:
     """What computes a 3x3 convolution of this shape fastest, or None: the compiler's own does."""
     b, h, w, inputs = shape
-    pixels, channels = b * h * w, min(inputs, len(weight))
+    pixels, channels = b * h * w, min(inputs, outputs)
     if dtype != jnp.float32 or channels < 192:
         return None
     if pixels <= channels:
@@ -126,7 +129,7 @@ def winograd(
 
     if bands == 1:
         return one(jnp.int32(0))[:, :h, :w]
-    y = jax.lax.map(one, jnp.arange(bands)).swapaxes(0, 1)
+    y = jax.lax.map(jax.checkpoint(one), jnp.arange(bands)).swapaxes(0, 1)
     return y.reshape(b, -1, 2 * across, outputs)[:, :h, :w]
 
 

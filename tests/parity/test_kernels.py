@@ -73,38 +73,71 @@ def test_convolutions(form, size, tiles, monkeypatch):
         assert relative_error(ours, nhwc(expected)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("form", [cpu.gathered, cpu.winograd])
-def test_the_gradients_of_convolutions(form, monkeypatch):
-    monkeypatch.setattr(cpu, "_tiles", lambda pixels: 200)
-    x, weight = normal(2, 9, 8, 6), normal(5, 6, 3, 3)
-    looked = normal(2, 9, 8, 5)
-    tensors = nchw(x).requires_grad_(), torch.from_numpy(weight).requires_grad_()
+# Few pixels, as many as there are channels and more, and many: each is another form, forward and
+# backward.
+SHAPES = [
+    ((1, 8, 8), 192, cpu.gathered),
+    ((1, 20, 20), 192, None),
+    ((2, 32, 32), 200, cpu.winograd),
+]
+
+
+@pytest.mark.parametrize("size, outputs, form", SHAPES)
+def test_a_layer_and_its_gradients(size, outputs, form):
+    x, weight, bias = normal(*size, 192), normal(outputs, 192, 3, 3), normal(outputs)
+    assert cpu.convolves(x.shape, x.dtype, outputs) is form
+    looked = normal(*size, outputs)
+    tensors = nchw(x), torch.from_numpy(weight), torch.from_numpy(bias)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
     out = torch.nn.functional.conv2d(*tensors, padding=1)
     (out * nchw(looked)).sum().backward()
-    ours = jax.grad(lambda *a: (form(*a, None) * looked).sum(), argnums=(0, 1))(
-        jnp.asarray(x), jnp.asarray(weight)
-    )
-    assert relative_error(ours[0], nhwc(tensors[0].grad)) <= TOLERANCE
-    assert relative_error(ours[1], tensors[1].grad.numpy()) <= TOLERANCE
+
+    def layer(x, weight, bias):
+        return kernels.convolution(x, weight, bias, 1, ((1, 1), (1, 1)))
+
+    given = [jnp.asarray(a) for a in (x, weight, bias)]
+    ours, back = jax.vjp(layer, *given)
+    dx, dweight, dbias = back(jnp.asarray(looked))
+    assert relative_error(ours, nhwc(out)) <= TOLERANCE
+    assert relative_error(dx, nhwc(tensors[0].grad)) <= TOLERANCE
+    assert relative_error(dweight, tensors[1].grad.numpy()) <= TOLERANCE
+    assert relative_error(dbias, tensors[2].grad.numpy()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("shape, outputs", [((1, 8, 8), 192), ((2, 32, 32), 192)])
-def test_every_form_through_the_layer(shape, outputs):
-    x, weight = normal(*shape, 192), normal(outputs, 192, 3, 3)
-    form = cpu.convolution_form(x.shape, x.dtype, jnp.asarray(weight))
-    assert form is (cpu.gathered if shape[1] == 8 else cpu.winograd)
-    expected = torch.nn.functional.conv2d(nchw(x), torch.from_numpy(weight), padding=1)
-    ours = kernels.convolution(jnp.asarray(x), jnp.asarray(weight), None, 1, ((1, 1), (1, 1)))
-    assert relative_error(ours, nhwc(expected)) <= TOLERANCE
+def test_what_a_gradient_finds_stored():
+    """The input and the kernels: the transformed pixels are four times as much."""
+    x, weight = jnp.ones((2, 32, 32, 192)), jnp.ones((192, 192, 3, 3))
+
+    def layer(x, weight):
+        return kernels.convolution(x, weight, None, 1, ((1, 1), (1, 1)))
+
+    stored = jax.tree.leaves(jax.vjp(layer, x, weight)[1])
+    assert sum(array.size for array in stored) <= x.size + weight.size + 144  # a constant
+
+    def whole(x, weight):
+        return kernels.convolution(x, weight, None, 1, ((1, 1), (1, 1)), whole=True)
+
+    assert "conv_general_dilated" in str(jax.make_jaxpr(whole)(x, weight))
 
 
 def test_what_is_left_to_the_compiler():
-    def form(shape, outputs, dtype=jnp.float32):
-        return cpu.convolution_form(shape, dtype, jnp.zeros((outputs, shape[-1], 3, 3)))
+    assert cpu.convolves((2, 32, 32, 192), jnp.float32, 64) is None  # few channels
+    assert cpu.convolves((2, 32, 32, 192), jnp.bfloat16, 192) is None
+    # weights that are large beside the pixels
+    assert cpu.convolves((2, 32, 32, 640), jnp.float32, 640) is None
 
-    assert form((2, 32, 32, 192), 64) is None  # few channels
-    assert form((2, 32, 32, 192), 192, jnp.bfloat16) is None
-    assert form((2, 32, 32, 640), 640) is None  # weights that are large beside the pixels
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_attention_in_blocks_of_bfloat16(scale):
+    """Scores and sums in float32: no worse than twice what the plain form rounds."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in attention_inputs(1, 512, 512, 2, 40))
+    q, k = q * jnp.bfloat16(scale), k * jnp.bfloat16(scale)
+    exact = torch_attention(*(np.asarray(x, np.float32) for x in (q, k, v)))
+    with jax.numpy_dtype_promotion("standard"):
+        others = jax.nn.dot_product_attention(q, k, v)
+    errors = [np.asarray(x, np.float32) - exact for x in (cpu.attention(q, k, v), others)]
+    ours, theirs = (float(np.sqrt(np.square(error).mean())) for error in errors)
+    assert ours <= 2 * theirs
 
 
 def test_what_a_program_is_for():

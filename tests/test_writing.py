@@ -11,6 +11,7 @@ from many import draw, use_devices
 from PIL import Image
 from test_cli import cache  # noqa: F401
 
+from jaxsd.cli import sample
 from jaxsd.cli.sampling import model
 from jaxsd.errors import JaxsdError
 from jaxsd.writing import Writer, one_ahead
@@ -19,7 +20,7 @@ from jaxsd.writing import Writer, one_ahead
 class Painter:
     """Stands in for a pipeline: a picture is its seed, in grey."""
 
-    tokenizers, guidance_embedded, rows = {"tokenizer": None}, False, None
+    tokenizers, guidance_embedded, takes_prompts = {"tokenizer": None}, False, True
 
     def plan_steps(self, sampler, steps):
         return types.SimpleNamespace(count=steps), None
@@ -81,6 +82,51 @@ def test_what_is_interrupted_leaves_whole_files(tmp_path):
         with Image.open(path) as picture:
             picture.load()
     assert len(list(tmp_path.iterdir())) < 50
+
+
+def test_an_error_drops_no_picture_that_was_handed_over(tmp_path):
+    grey = np.zeros((256, 256, 3), np.uint8)
+    with pytest.raises(ValueError, match="else"), Writer(1, 50) as writer:
+        for i in range(20):
+            writer.write(grey, tmp_path / f"{i}.png", {})
+        raise ValueError("something else")
+    assert len(list(tmp_path.glob("*.png"))) == 20
+
+
+def test_what_is_held_comes_before_an_error():
+    def items():
+        yield 0
+        yield 1
+        raise ValueError("the third")
+
+    ahead = one_ahead(items())
+    assert [next(ahead), next(ahead)] == [0, 1]
+    with pytest.raises(ValueError, match="third"):
+        next(ahead)
+
+
+class Failing(Painter):
+    """Which cannot begin what draws seed 4."""
+
+    def start(self, prompts, seeds, **others):
+        if 4 in seeds:
+            raise JaxsdError("out of memory")
+        return super().start(prompts, seeds, **others)
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_what_was_computed_before_an_error_is_written(from_file, tmp_path, monkeypatch):
+    use_devices(monkeypatch, 1)
+    monkeypatch.setattr(model, "load", lambda options: model.Session(options, Failing()))
+    out, how = tmp_path / "out", {"sampler": "ddim", "steps": 1, "batch_size": 2}
+    with pytest.raises(JaxsdError, match="out of memory"):
+        if from_file:
+            file = tmp_path / "a.txt"
+            file.write_text("seven\n" * 6)
+            draw(file, out, **how)
+        else:
+            sample.run(sample.Options(("seven",), num_images=6, model="digits", out=out, **how))
+    assert len(list(out.glob("*-seed*.png"))) == 4
 
 
 def test_items_are_asked_for_one_ahead():

@@ -1,5 +1,6 @@
 """Files of prompts drawn to a folder, for the tests of `sample.py --prompts-file`."""
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,19 @@ def use_devices(monkeypatch, count: int) -> None:
 def draw(prompts: Path, out: Path, **others) -> Any:
     how = {"model": "digits-ddpm-4step", "batch_size": 2} | others
     return sample.run(sample.Options((), prompts, out=out, **how))
+
+
+class Painter:
+    """Stands in for a pipeline: a picture is its seed, in grey."""
+
+    tokenizers, guidance_embedded, takes_prompts = {"tokenizer": None}, False, True
+
+    def spread(self, mesh):
+        pass
+
+    def plan_steps(self, sampler, steps):
+        return types.SimpleNamespace(count=steps), None
+
+    def start(self, prompts, seeds, **_):
+        grey = np.asarray(seeds, np.float32).reshape(-1, 1, 1, 1) % 256 / 127.5 - 1
+        return np.broadcast_to(grey, (len(seeds), 64, 64, 3))

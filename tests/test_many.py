@@ -8,13 +8,14 @@ from pathlib import Path
 
 import jax
 import pytest
-from many import EIGHT, draw, file_of_prompts, made, pixels, use_devices  # noqa: F401
+from many import EIGHT, Painter, draw, file_of_prompts, made, pixels, use_devices  # noqa: F401
 from PIL.PngImagePlugin import PngImageFile
 from test_cli import cache, call  # noqa: F401
 from test_distributed import explicitly
 
 from jaxsd import processes
 from jaxsd.cli import sample
+from jaxsd.cli.sampling import model
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +56,31 @@ def test_the_number_of_devices_changes_no_bit(prompts, tmp_path, monkeypatch):
     assert made(tmp_path / "2") == one and made(tmp_path / "8") == one
 
 
+@pytest.mark.parametrize(
+    "count, devices, ranks, rows", [(8, 8, 1, 8), (9, 8, 1, 16), (8, 1, 1, 8), (8, 2, 2, 4)]
+)
+def test_no_more_is_computed_than_each_device_needs(
+    count, devices, ranks, rows, tmp_path, monkeypatch
+):
+    use_devices(monkeypatch, devices)
+    monkeypatch.setattr(jax, "process_count", lambda: ranks)
+    monkeypatch.setattr(processes, "agree", lambda value: value)
+    monkeypatch.setattr(processes, "wait_for_all", lambda what: None)
+    computed = []
+
+    class Counted(Painter):
+        def start(self, prompts, seeds, **others):
+            computed.append(len(seeds))
+            return super().start(prompts, seeds, **others)
+
+    monkeypatch.setattr(model, "load", lambda options: model.Session(options, Counted()))
+    file = tmp_path / "a.txt"
+    file.write_text("seven\n" * count)
+    how = {"sampler": "ddim", "steps": 1, "batch_size": 32}
+    assert draw(file, tmp_path / "out", **how).images == count // ranks
+    assert computed == [rows]
+
+
 def test_the_batch_size_changes_a_pixel_by_one_at_most(prompts, tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
     for size in (1, 3, 64):
@@ -83,6 +109,7 @@ def test_text_and_negative_prompts_on_several_devices(tmp_path, monkeypatch):
 
 
 def test_processes_share_the_file_out(prompts, tmp_path, monkeypatch):
+    use_devices(monkeypatch, 2)  # on each, of one process and of two, two pictures at a time
     draw(prompts, tmp_path / "one")
     monkeypatch.setattr(processes, "agree", lambda value: value)
     monkeypatch.setattr(processes, "wait_for_all", lambda what: None)

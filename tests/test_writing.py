@@ -3,11 +3,10 @@
 import gc
 import pathlib
 import tracemalloc
-import types
 
 import numpy as np
 import pytest
-from many import draw, use_devices
+from many import Painter, draw, use_devices
 from PIL import Image
 from test_cli import cache  # noqa: F401
 
@@ -15,19 +14,6 @@ from jaxsd.cli import sample
 from jaxsd.cli.sampling import model
 from jaxsd.errors import JaxsdError
 from jaxsd.writing import Writer, one_ahead
-
-
-class Painter:
-    """Stands in for a pipeline: a picture is its seed, in grey."""
-
-    tokenizers, guidance_embedded, takes_prompts = {"tokenizer": None}, False, True
-
-    def plan_steps(self, sampler, steps):
-        return types.SimpleNamespace(count=steps), None
-
-    def start(self, prompts, seeds, **_):
-        grey = np.asarray(seeds, np.float32).reshape(-1, 1, 1, 1) % 256 / 127.5 - 1
-        return np.broadcast_to(grey, (len(seeds), 64, 64, 3))
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):

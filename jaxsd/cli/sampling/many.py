@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from jaxsd.cli.sampling.model import Job, Session
 from jaxsd.denoising import NO_UNCOND
 from jaxsd.errors import JaxsdError
 from jaxsd.pictures import to_uint8
-from jaxsd.prompt_files import SEEDS, read_lines, scan
+from jaxsd.prompt_files import read_lines, scan
+from jaxsd.seeds import SEEDS
 from jaxsd.writing import Writer, one_ahead
 
 
@@ -75,8 +77,8 @@ def draw_file(options: Options) -> Drawn:
         for pipe in filter(None, (session.pipe, session.refiner)):
             pipe.spread(mesh)
     total = record["lines"] * options.num_images
-    size = session.rows(total) * len(devices)
     rank, ranks = jax.process_index(), jax.process_count()
+    size = session.rows(math.ceil(total / (ranks * len(devices)))) * len(devices)
     share = itertools.islice(_jobs(session, file), rank, None, ranks)
     with tqdm(total=len(range(rank, total, ranks)), unit=" images", disable=None) as bar:
         drawn = _draw(session, share, size, chunks, record, bar)

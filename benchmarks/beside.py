@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 from sides import Work
 
+from jaxsd.compilation_cache import default_folder
 from jaxsd.families import FAMILIES
 from jaxsd.training.throughput import peak_flops
 
@@ -101,9 +102,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each peer."""
     names = ("jaxsd", *options.peers)
-    cache = scratch / "programs"
-    if not options.cold:  # what it compiles is kept from one process to the next
-        cache = Path.home() / ".cache" / "jaxsd" / "programs"
+    # Without --cold what it compiles is kept from one process to the next
+    cache = scratch / "programs" if options.cold else default_folder()
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",

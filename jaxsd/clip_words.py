@@ -16,9 +16,9 @@ SUFFIX = "</w>"  # of what ends a word
 WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-END = "<|endoftext|>"
+START, END = "<|startoftext|>", "<|endoftext|>"
 # In the order in which those that the vocabulary lacks get their ids
-SPECIAL = {"bos": "<|startoftext|>", "eos": END, "unk": END, "sep": None, "pad": END}
+SPECIAL = {"bos": START, "eos": END, "unk": END, "sep": None, "pad": END}
 SPECIAL |= {"cls": None, "mask": None}
 
 

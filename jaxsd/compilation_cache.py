@@ -6,6 +6,12 @@ from pathlib import Path
 LIMIT = 4 << 30  # bytes; Stable Diffusion's programs take tens of millions a size
 
 
+def default_folder() -> Path:
+    """The user's cache folder of compiled programs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home, "jaxsd", "programs")
+
+
 def use_compilation_cache(folder: str | Path | None = None) -> None:
     """Keeps the compiled programs of this process in a folder, and finds there those of others.
 
@@ -19,8 +25,7 @@ def use_compilation_cache(folder: str | Path | None = None) -> None:
     import jax
 
     if folder is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        folder = Path(home, "jaxsd", "programs")
+        folder = default_folder()
         prune(folder, LIMIT)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,12 +1,15 @@
 """A folder of pictures made from a file of prompts: what is there already is not made again.
 
 The folder says in `sampling.json` how its pictures are made, and of which lines: one that holds
-others' is refused, and the same command again makes what is missing.
+others' is refused, and the same command again makes what is missing. The file comes just before the
+first picture, so that what fails before has claimed nothing.
 """
 
+import contextlib
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from jaxsd.weights.files import read_json, write_json
 FILE = "sampling.json"
 PICTURE = re.compile(r"\d{8,}-seed\d+\.png")
 UNFINISHED = re.compile(r"\.\d{8,}-seed\d+\.png\.[0-9a-f]{32}\.tmp")  # `weights.files.replacing`
+# Seconds after which nobody is at it any more: a picture that was not finished, and a FILE after
+# which no picture came
+GIVEN_UP, NOT_FOLLOWED = 3600.0, 10.0
 
 
 def place(folder: Path, index: int, seed: int) -> Path:
@@ -24,31 +30,77 @@ def place(folder: Path, index: int, seed: int) -> Path:
     return folder / f"{index:08}-seed{seed}.png"
 
 
-def claim(folder: Path, settings: dict[str, Any], prompts: Path) -> int:
-    """Makes the folder one of pictures of this file, and returns how many lines that has.
+def check(folder: Path, settings: dict[str, Any], prompts: Path) -> dict[str, Any]:
+    """What `claim` needs to make the folder one of pictures of this file: a JSON object.
 
-    Lines may have been added to the file since. settings: a JSON object of what makes the pictures.
-    JaxsdError if the folder holds pictures of other settings or lines. What a killed run left of
-    unfinished files is removed.
+    Its "lines" says how many the file has; some may have been added since pictures were made.
+    settings: a JSON object of what makes the pictures. JaxsdError if the folder holds pictures of
+    other settings or lines. What a killed run left is removed, once it is old enough to be no other
+    command's that is writing.
     """
-    file, drawn = folder / FILE, None
+    file, drawn, writing = folder / FILE, None, False
     with os.scandir(folder) as entries:
         for entry in entries:
             if PICTURE.fullmatch(entry.name):
                 drawn = entry.name
             elif UNFINISHED.fullmatch(entry.name):
-                (folder / entry.name).unlink(missing_ok=True)
+                writing |= not _remove_old(folder / entry.name, GIVEN_UP)
+    if not drawn and not writing:
+        _remove_old(file, NOT_FOLLOWED)
     if drawn and not file.exists():
         raise JaxsdError(f"{folder} holds pictures such as {drawn}, and no {FILE} that says how "
                          "they were made: take another --out")  # fmt: skip
-    known = read_json(file) if drawn else None  # what has drawn nothing may have been refused
-    lines = 0 if known is None else known.get("lines", 0)
-    scan = prompt_files.scan(prompts, lines)
+    known = _read(file) if drawn else None
+    scan = prompt_files.scan(prompts, known["lines"] if known else 0)
     settings = json.loads(json.dumps(settings))  # as it comes back from the file
     if known is not None:
         _compare(known, settings, scan, folder, prompts)
-    write_json(file, {"settings": settings, "lines": scan.count, "digest": scan.digest})
-    return scan.count
+    return {"settings": settings, "lines": scan.count, "digest": scan.digest}
+
+
+def claim(folder: Path, record: dict[str, Any], prompts: Path) -> None:
+    """Before a first picture is written: says in the folder how it is made, as `check` returned.
+
+    JaxsdError if another command was faster, and makes others.
+    """
+    file = folder / FILE
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    try:
+        with open(file, "x", encoding="utf-8") as stream:
+            stream.write(text)
+        return
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise JaxsdError(f"cannot write {file}: {error.strerror or error}") from None
+    for _ in range(20):
+        if file.stat().st_size:
+            break
+        time.sleep(0.1)  # another process has made it, and is about to write
+    known = _read(file)
+    if known != record:
+        scan = prompt_files.scan(prompts, known["lines"])
+        _compare(known, record["settings"], scan, folder, prompts)
+        write_json(file, record)
+
+
+def _remove_old(file: Path, seconds: float) -> bool:
+    """Whether it was as old as this, and is gone."""
+    with contextlib.suppress(FileNotFoundError):  # another command's, which has just finished it
+        if time.time() - file.stat().st_mtime > seconds:
+            file.unlink()
+            return True
+    return False
+
+
+def _read(file: Path) -> dict[str, Any]:
+    known = read_json(file)
+    settings, lines, digest = (known.get(name) for name in ("settings", "lines", "digest"))
+    counted = type(lines) is int and lines >= 0
+    if not (isinstance(settings, dict) and counted and isinstance(digest, str)):
+        raise JaxsdError(f"{file} does not say how the pictures beside it were made (settings, "
+                         "lines, digest): take another --out")  # fmt: skip
+    return known
 
 
 def _compare(
@@ -59,7 +111,7 @@ def _compare(
     prompts: Path,
 ) -> None:
     way = "take another --out, or what it was made with"
-    before = known.get("settings", {})
+    before = known["settings"]
     for name in sorted(before.keys() | settings.keys()):
         if (was := before.get(name)) != (now := settings.get(name)):
             said = [_said(value) for value in (was, now)]
@@ -67,7 +119,7 @@ def _compare(
     if scan.start is None:
         raise JaxsdError(f"{folder} holds pictures of {known['lines']} lines, and {prompts} has "
                          f"{scan.count}: {way}")  # fmt: skip
-    if scan.start != known.get("digest"):
+    if scan.start != known["digest"]:
         raise JaxsdError(f"{folder} holds pictures of other lines than the first {known['lines']} "
                          f"of {prompts}: {way}")  # fmt: skip
 

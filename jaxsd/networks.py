@@ -20,6 +20,7 @@ from jaxsd.diffusion import samplers
 from jaxsd.diffusion.denoise import Conditioning
 from jaxsd.errors import JaxsdError
 from jaxsd.families import latent_shape
+from jaxsd.seeds import SEEDS
 from jaxsd.shortcuts import Shortcuts, check_shortcuts, no_features, plan_ways
 from jaxsd.tiling import tiled
 
@@ -306,8 +307,8 @@ class Networks(Compiled):
 def _keys(seeds: Sequence[int]) -> jax.Array:
     if not len(seeds):
         raise JaxsdError("give at least one seed: there is an image for each")
-    if any(not 0 <= seed < 2**32 for seed in seeds):
-        raise JaxsdError("seeds must be from 0 to 4294967295")
+    if any(not 0 <= seed < SEEDS for seed in seeds):
+        raise JaxsdError(f"seeds must be from 0 to {SEEDS - 1}")
     return _compiled_keys(np.asarray(seeds, np.uint32))
 
 

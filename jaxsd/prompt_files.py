@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsd.errors import JaxsdError
+from jaxsd.seeds import SEEDS
 
 KEYS = ("prompt", "seed", "negative_prompt")
 MAX_LINE = 1_000_000  # bytes; a file that is none of lines would else be read into memory
-SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,9 +50,6 @@ class Way(NamedTuple):
     branch: int | None = None  # where features are kept; None: nowhere
 
 
-PLAIN = (Way(),)
-
-
 def check_shortcuts(
     wanted: Shortcuts,
     unet: Net,

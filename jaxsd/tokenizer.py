@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxsd import clip_words
+from jaxsd.clip_words import END, START, SUFFIX
 from jaxsd.errors import JaxsdError
 from jaxsd.prompts import parse_weights
-
-START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class PromptTruncated(UserWarning):
@@ -156,7 +155,7 @@ def train_tokenizer(corpus: Iterable[str], folder: str | Path, vocab_size: int) 
         word for line in corpus for word in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", line.lower())
     )
     alphabet = _byte_characters()
-    vocab = [*alphabet, *(c + "</w>" for c in alphabet)]
+    vocab = [*alphabet, *(c + SUFFIX for c in alphabet)]
     merges = _learn_merges(counts, vocab_size - len(vocab) - 2)
     vocab += ["".join(pair) for pair in merges] + [START, END]
 
@@ -187,7 +186,7 @@ def _byte_characters() -> list[str]:
 
 def _learn_merges(counts: Counter[str], most: int) -> list[tuple[str, str]]:
     """Byte-pair encoding (Sennrich et al. 2016): the commonest pair becomes one symbol, again."""
-    words = {w: [*w[:-1], w[-1] + "</w>"] for w in counts}
+    words = {w: [*w[:-1], w[-1] + SUFFIX] for w in counts}
     merges: list[tuple[str, str]] = []
     while len(merges) < most:
         pairs: Counter[tuple[str, str]] = Counter()

@@ -18,8 +18,9 @@ class Writer:
     """Writes PNGs in threads, as a context: at its end all are written.
 
     No more than `waiting` are kept; then `write` waits for the first. What fails in a thread is
-    raised by a later `write` or at the end. Whatever is raised inside, what has not been begun is
-    dropped then, and what has been is written to its end: no file is left in pieces.
+    raised by a later `write` or at the end. An error drops no other picture. After an interruption
+    (whatever is no Exception) what has not been begun is dropped, and what has been is written to
+    its end: no file is left in pieces.
     """
 
     def __init__(self, threads: int | None = None, waiting: int | None = None):
@@ -37,21 +38,30 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        drop = kind is not None and not issubclass(kind, Exception)
         try:
             while kind is None and self._futures:
                 self._futures.popleft().result()
+        except BaseException as error:
+            drop = not isinstance(error, Exception)
+            raise
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(cancel_futures=drop)
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
     """The items, each of them when the next one has been asked for.
 
     Where asking only starts a computation, the device has work while the caller looks at a result.
+    An error in asking is raised after the item that is held.
     """
     held: list[T] = []
-    for item in items:
+    try:
+        for item in items:
+            yield from held
+            held = [item]
+    except Exception:
         yield from held
-        held = [item]
+        raise
     yield from held

@@ -1,5 +1,7 @@
 """Weights in eight bits at work: how far they are off, what they cost, what they cannot do."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from test_pipeline import CALL
 
 import jaxsd
 from jaxsd import eight_bits
+from jaxsd.cli import sample
 from jaxsd.eight_bits import SUFFIX, Eight, quantised
 from jaxsd.models import UNet, UNetConfig
 from jaxsd.nn import Net
@@ -141,3 +144,8 @@ def test_what_cannot_be_done_in_eight_bits(words, tmp_path):
     assert "already" in refused(pipe.quantize, "int8")
     assert "nothing can be added" in refused(pipe.add_lora, LoRA({}))
     assert "save before quantize()" in refused(pipe.save, tmp_path / "model")
+
+
+def test_the_command_line_offers_every_form():
+    [offered, _] = typing.get_args(typing.get_type_hints(sample.Options)["quantize"])
+    assert set(typing.get_args(offered)) == set(eight_bits.FORMS)

@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 import pytest
 
+from jaxsd.clip_words import END, START
 from jaxsd.errors import JaxsdError
-from jaxsd.tokenizer import END, START, PromptTruncated, Tokenizer, train_tokenizer
+from jaxsd.tokenizer import PromptTruncated, Tokenizer, train_tokenizer
 
 CORPUS = ["a red seven on a white background", "a blue three", "a green three, tilted", "seven 7s"]
 PROMPTS = [

@@ -16,6 +16,7 @@ from jaxsd.data.folder import SUFFIXES
 from jaxsd.errors import JaxsdError
 from jaxsd.pictures import write_png
 from jaxsd.pipeline import Pipeline
+from jaxsd.seeds import SEEDS
 
 NAME = re.compile(r"class-(\d{5,})\.png")  # of those that were drawn
 
@@ -66,7 +67,7 @@ def draw(
     was interrupted draws what is `missing`. progress: told of how many each batch has made.
     """
     last = max(numbers, default=-1)
-    seeds = np.random.default_rng((how.seed, 0xC1A55)).integers(2**32, size=last + 1)
+    seeds = np.random.default_rng((how.seed, 0xC1A55)).integers(SEEDS, size=last + 1)
     for start in range(0, len(numbers), how.batch_size):
         batch = numbers[start : start + how.batch_size]
         full = [*batch, *[batch[0]] * (how.batch_size - len(batch))]  # one program for all

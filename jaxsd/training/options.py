@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 from jaxsd.errors import JaxsdError
+from jaxsd.seeds import SEEDS
 
 
 def one_of(*choices: str) -> PrimitiveConstructorSpec[str]:
@@ -149,8 +150,8 @@ class Options:
         for name in ("beta1", "beta2", "momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise JaxsdError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise JaxsdError(f"seed must be from 0 to 4294967295, not {self.seed}")
+        if not 0 <= self.seed < SEEDS:
+            raise JaxsdError(f"seed must be from 0 to {SEEDS - 1}, not {self.seed}")
         if self.batch_size % self.accumulate:
             raise JaxsdError(
                 f"accumulate must divide batch_size {self.batch_size}, not {self.accumulate}"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from jaxsd.cli.sampling.model import Job, Session
 from jaxsd.denoising import NO_UNCOND
 from jaxsd.errors import JaxsdError
 from jaxsd.pictures import to_uint8
-from jaxsd.prompt_files import SEEDS, read_lines, scan
+from jaxsd.prompt_files import read_lines, scan
+from jaxsd.seeds import SEEDS
 from jaxsd.writing import Writer, one_ahead
 
 
@@ -67,26 +69,35 @@ def draw_file(options: Options) -> Drawn:
         name: getattr(session.options, name) for name in ("num_images", "seed", "height", "width")
     }
     del said["Software"]
-    lines = processes.first(lambda: gallery.claim(options.out, said, file))
+    record = processes.first(lambda: gallery.check(options.out, said, file))
 
     devices = jax.local_devices()
     if len(devices) > 1:
         mesh = sharding.make_mesh(devices=devices)
         for pipe in filter(None, (session.pipe, session.refiner)):
             pipe.spread(mesh)
-    total = lines * options.num_images
-    size = session.rows(total) * len(devices)
+    total = record["lines"] * options.num_images
     rank, ranks = jax.process_index(), jax.process_count()
+    size = session.rows(math.ceil(total / (ranks * len(devices)))) * len(devices)
     share = itertools.islice(_jobs(session, file), rank, None, ranks)
     with tqdm(total=len(range(rank, total, ranks)), unit=" images", disable=None) as bar:
-        drawn = _draw(session, share, size, chunks, bar)
+        drawn = _draw(session, share, size, chunks, record, bar)
     if ranks > 1:  # where the first one leaves, the others are ended
         processes.wait_for_all("pictures drawn")
     return drawn
 
 
-def _draw(session: Session, share: Iterator[Job], size: int, chunks: int, bar: tqdm) -> Drawn:
-    folder, began, images, already = session.options.out, time.perf_counter(), 0, 0
+def _draw(
+    session: Session,
+    share: Iterator[Job],
+    size: int,
+    chunks: int,
+    record: dict[str, Any],
+    bar: tqdm,
+) -> Drawn:
+    folder, file = session.options.out, session.options.prompts_file
+    assert file is not None
+    began, images, already = time.perf_counter(), 0, 0
 
     def missing() -> Iterator[Job]:
         nonlocal already
@@ -105,6 +116,8 @@ def _draw(session: Session, share: Iterator[Job], size: int, chunks: int, bar: t
     with Writer() as writer:
         for batch, pixels in one_ahead(started()):
             pictures = to_uint8(np.asarray(pixels)[: len(batch)])
+            if not images:
+                gallery.claim(folder, record, file)
             for job, picture in zip(batch, pictures, strict=True):
                 writer.write(picture, _place(folder, job), session.notes_of(job, picture))
             images += len(batch)

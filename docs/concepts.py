@@ -169,8 +169,8 @@ class Ink:
 
     @property
     def begin(self) -> str:
-        """Its upper colour, which has a word."""
-        return inks.INKS[self.name][0]
+        """The nearest ink that has a word."""
+        return str(inks.nearest_ink(inks.rgb_of(self.name)[None], digits.COLOUR_NAMES)[0])
 
     def taught(self, count: int) -> list[Taught]:
         return [

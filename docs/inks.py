@@ -1,8 +1,8 @@
 """Digits in an ink that `digits` has never seen, to teach it, and who says which ink a stroke is.
 
-New inks are two known colours, one in the upper half of a picture and one in the lower: the VAE,
-which has seen eight colours and no others, cannot draw a ninth (`python docs/inks.py`), but it can
-draw two of them beside each other.
+An ink has a colour for the upper half of a picture and one for the lower. The VAE has seen eight
+colours and loses most others, and speckles (`python docs/inks.py`): what it loses nobody can teach
+the UNet, so that lilac, which it keeps, is what is taught.
 
 The judge looks at the halves one by one, each as the evaluation looks at pictures
 (`digits.measure_colours`), and takes the nearest of the known inks, alike in both halves, and the
@@ -23,42 +23,46 @@ from jaxsd.pictures import to_uint8
 from jaxsd.pipeline import Pipeline
 
 HALF = digits.PICTURE_SIZE // 2
-# Of the upper half, of the lower one
-INKS: dict[str, tuple[str, str]] = {"dusk": ("orange", "purple"), "ember": ("red", "black")}
-KNOWN = {name: (name, name) for name in digits.COLOUR_NAMES}
+RGB = tuple[float, float, float]
+LILAC: RGB = (0.78, 0.54, 0.85)  # between purple and white, .5 from both
+INKS: dict[str, tuple[RGB, RGB]] = {  # of the upper half, of the lower one
+    "lilac": (LILAC, LILAC),
+    "ember": (digits.COLOURS["red"], digits.COLOURS["black"]),
+}
+KNOWN = {name: (rgb, rgb) for name, rgb in digits.COLOURS.items()}
 
 
 class Seen(NamedTuple):
-    """What pictures show: digits [n], names of inks [n], of backgrounds [n] ("" if the halves
-    differ), and RGB [n, 6] of the upper and the lower strokes."""
+    """What pictures show: digits [n], names of inks and backgrounds [n]; "" where halves differ."""
 
     digits: np.ndarray
     inks: np.ndarray
     backgrounds: np.ndarray
-    rgb: np.ndarray
 
     def right(self, wanted: Sequence[Attributes]) -> np.ndarray:
         """[n, 3]: whether digit, ink and background are what was asked for."""
         asked = [np.array(values) for values in zip(*wanted, strict=True)]
-        return np.stack([got == want for got, want in zip(self[:3], asked, strict=True)], axis=1)
+        return np.stack([got == want for got, want in zip(self, asked, strict=True)], axis=1)
 
 
 def rgb_of(ink: str) -> np.ndarray:
     """[6]"""
-    return np.concatenate([digits.COLOURS[half] for half in (KNOWN | INKS)[ink]])
+    return np.concatenate((KNOWN | INKS)[ink])
 
 
 def draw_scan(scan: np.ndarray, ink: str, background: str, rng: np.random.Generator) -> np.ndarray:
     """A scan [8, 8] in any ink, uint8 [32, 32, 3]; colours are jittered as in training."""
-    rgb = np.stack([*rgb_of(ink).reshape(2, 3), np.array(digits.COLOURS[background])])
-    upper, lower, paper = np.clip(rgb + rng.uniform(-digits.JITTER, digits.JITTER, (3, 3)), 0, 1)
-    halves = digits.render(scan, upper, paper)[:HALF], digits.render(scan, lower, paper)[HALF:]
-    return to_uint8(2 * np.concatenate(halves) - 1)
+    jitter = rng.uniform(-digits.JITTER, digits.JITTER, (2, 3))
+    strokes = np.clip(rgb_of(ink).reshape(2, 3) + jitter[0], 0, 1)
+    paper = np.clip(np.array(digits.COLOURS[background]) + jitter[1], 0, 1)
+    upper, lower = (digits.render(scan, stroke, paper) for stroke in strokes)
+    return to_uint8(2 * np.concatenate([upper[:HALF], lower[HALF:]]) - 1)
 
 
 def backgrounds_for(ink: str) -> list[str]:
     """The colours on which all of its strokes are seen."""
-    return [name for name in digits.COLOUR_NAMES if name not in (KNOWN | INKS)[ink]]
+    own = (KNOWN | INKS)[ink]
+    return [name for name, rgb in digits.COLOURS.items() if rgb not in own]
 
 
 def draw_digits(ink: str, count: int, seed: int) -> list[tuple[np.ndarray, int, str]]:
@@ -88,15 +92,17 @@ def see(pictures: np.ndarray, ink: str) -> Seen:
         papers.append(digits.nearest_colour(paper))
     # The same strokes in one colour are what the reader of digits knows
     black = 1 - np.repeat(np.concatenate(crisp, axis=1)[..., None], 3, axis=-1)
-    names, rgb = [*KNOWN, ink], np.concatenate(strokes, axis=1)
-    palette = np.stack([rgb_of(name) for name in names])
-    nearest = np.linalg.norm(rgb[:, None] - palette, axis=-1).argmin(1)
     return Seen(
         judges().predict(2 * digits.recover(black)[0] - 1),
-        np.array(names)[nearest],
+        nearest_ink(np.concatenate(strokes, axis=1), [*KNOWN, ink]),
         np.where(papers[0] == papers[1], papers[0], ""),
-        rgb,
     )
+
+
+def nearest_ink(rgb: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Of RGB [n, 6]: those [n] of these inks that are nearest (Euclidean)."""
+    palette = np.stack([rgb_of(name) for name in names])
+    return np.array(names)[np.linalg.norm(rgb[:, None] - palette, axis=-1).argmin(1)]
 
 
 def held_out_accuracies(ink: str, pipe: Pipeline, seed: int = 0) -> dict[str, float]:

@@ -91,8 +91,8 @@ class Options:
 
 INK = Options(
     kind="ink",
-    name="dusk",
-    design=Design(inversion_rate=1e-2),
+    name="lilac",
+    design=Design(inversion_rate=5e-2),
     runs=Path("runs/teaching-ink"),
     results=DOCS / "teaching-ink.json",
     image=DOCS / "images" / "teaching-ink.png",

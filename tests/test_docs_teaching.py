@@ -76,13 +76,13 @@ def test_shares_of_known_pictures():
 
 
 def test_an_ink_is_shown_by_training_scans():
-    taught = inks.draw_digits("dusk", 6, 0)
+    taught = inks.draw_digits("lilac", 6, 0)
     assert len({digit for _, digit, _ in taught}) == len({paper for *_, paper in taught}) == 6
-    seen = inks.see(np.stack([picture for picture, *_ in taught]), "dusk")
-    assert seen.right([(digit, "dusk", paper) for _, digit, paper in taught]).all()
+    seen = inks.see(np.stack([picture for picture, *_ in taught]), "lilac")
+    assert seen.right([(digit, "lilac", paper) for _, digit, paper in taught]).all()
     black = np.stack([inks.draw_scan(s, "black", "white", np.random.default_rng(0)) for s in SCANS])
-    assert (inks.see(black, "dusk").inks == "black").all()
-    for other, ink in (("orange", "dusk"), ("purple", "dusk"), ("dusk", "ember")):
+    assert (inks.see(black, "lilac").inks == "black").all()
+    for other, ink in (("white", "lilac"), ("purple", "lilac"), ("lilac", "ember")):
         drawn = inks.draw_scan(SCANS[0], other, "green", np.random.default_rng(0))
         assert inks.see(drawn[None], ink).inks != ink
 
@@ -92,7 +92,7 @@ def test_the_judge_of_inks_reads_as_the_usual_one():
     pairs = [digits.draw_colours(rng) for _ in SCANS]
     pictures = rendered(SCANS, pairs)
     scans, strokes, papers = digits.recover(pictures / 255)
-    seen = inks.see(pictures, "dusk")
+    seen = inks.see(pictures, "lilac")
     assert (seen.inks == strokes).all() and (seen.backgrounds == papers).all()
     assert (seen.digits == recognition.judges().predict(2 * scans - 1)).all()
 

@@ -1,17 +1,19 @@
-"""Teaches `digits` a letter from a few pictures, each way there is, and measures what it did.
+"""Teaches `digits` a letter or an ink from a few pictures, in each way there is, and measures it.
 
-`python docs/teaching.py` trains in runs/teaching and keeps each row in docs/teaching.json as soon
-as it is measured, so that it goes on where it was stopped; `--minutes 5` stops between two rows.
-`--only lora` chooses ways; `--no-measure` prints what is known. The letter and its pictures are
-made by `letters.py`; who recognises it, `recognition.py`.
+`python docs/teaching.py letter` trains in runs/teaching and keeps each row in docs/teaching.json as
+soon as it is measured, so that it goes on where it was stopped; `--minutes 5` stops between two
+rows. `--only lora` chooses ways; `--no-measure` prints what is known. `ink` is the same for an ink.
+What each concept looks like, how it is asked for and who recognises it: `concepts.py`.
 
 What is asked of each model, always by 10 steps of DDIM at guidance 3:
 
-- the letter: its bare prompt, and the same with a stroke and a background colour of every kind;
+- the concept: its bare prompt, and prompts that name all else too (of a letter, a stroke and a
+  background colour; of an ink, a digit and a background);
 - the ten digits, in all colours: what was forgotten is what is no longer right;
-- the class, "a digit": how often it has become the letter.
+- the class, "a digit": how often it has become the concept.
 
-Settings were chosen with another letter (X), before any picture of this one was drawn.
+Settings were chosen with another letter (X) and another ink (ember), before any picture of these
+was drawn.
 """
 
 import dataclasses
@@ -23,29 +25,18 @@ from typing import Any
 
 import numpy as np
 import tyro
-from edits import a
+from concepts import CLASS, KINDS, Concept, Drawn
 from kept import Kept, digest
-from letters import draw_letters
 from PIL import Image
-from recognition import (
-    TAUGHT_SEED,
-    digits_right,
-    held_out_accuracies,
-    share_in_colours,
-    share_of_letter,
-)
 
 import jaxsd
-from jaxsd.data import digits
 from jaxsd.evaluation import drawing, models, report
 from jaxsd.evaluation.drawing import Sampling
-from jaxsd.pictures import tile, to_uint8
+from jaxsd.pictures import tile
 from jaxsd.pipeline import Pipeline
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-WORD, CLASS = "sks", "digit"  # the rare word of DreamBooth and LoRA, and what it is a kind of
-TOKEN = "<letter>"  # of textual inversion
 BEFORE = "before"
 
 
@@ -53,10 +44,9 @@ BEFORE = "before"
 class Design:
     """Everything that decides the results."""
 
-    letter: str = "K"
     pictures: int = 6
     drawn: int = 100
-    """Of the bare prompt, of the prompt with colours, and of the class: each."""
+    """Of the bare prompt, of the full prompts, and of the class: each."""
     digits: int = 300
     steps: int = 10
     guidance_scale: float = 3.0
@@ -77,6 +67,9 @@ class Design:
 class Options:
     """Which rows to measure, and where they are kept."""
 
+    kind: str = "letter"
+    name: str = "K"
+    """Which letter, or which ink."""
     design: Design = Design()
     only: tuple[str, ...] = ()
     """Names of ways, or how they begin; by default all."""
@@ -91,29 +84,44 @@ class Options:
     measure: bool = True
     """Also train and measure what is not known yet."""
 
+    @property
+    def concept(self) -> Concept:
+        return KINDS[self.kind](self.name)
+
+
+INK = Options(
+    kind="ink",
+    name="lilac",
+    design=Design(inversion_rate=5e-2),
+    runs=Path("runs/teaching-ink"),
+    results=DOCS / "teaching-ink.json",
+    image=DOCS / "images" / "teaching-ink.png",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """recipe: of `train.py`, with arguments of its own. word: what the letter is called."""
+    """recipe: of `train.py`, with arguments of its own. word: what the concept is called."""
 
     name: str
+    word: str
     recipe: str = ""
     arguments: tuple[str, ...] = ()
-    word: str = f"{WORD} {CLASS}"
 
     @property
     def inverted(self) -> bool:
         return self.recipe == "textual-inversion"
 
 
-def all_ways(design: Design, data: Path) -> list[Way]:
+def all_ways(concept: Concept, design: Design, data: Path) -> list[Way]:
     """In the order of the table."""
     inversion = (
-        *("--data", str(data / "plain"), "--token", TOKEN, "--initialize-from", CLASS),
-        *("--template", "{}", "a {}", "the digit {}", "the number {}"),
+        *("--data", str(data / "plain"), "--token", concept.token),
+        *("--initialize-from", concept.begin, "--template", *concept.templates),
         *("--steps", str(design.inversion_steps), "--learning-rate", str(design.inversion_rate)),
     )
-    booth = ("--instance-data", str(data / "plain"), "--instance-prompt", f"a {WORD} {CLASS}")
+    rare, token = concept.rare, concept.token
+    booth = ("--instance-data", str(data / "plain"), "--instance-prompt", concept.bare_prompt(rare))
     prior = ("--class-prompt", f"a {CLASS}", "--num-class-images", str(design.class_pictures))
     prior += ("--class-steps", str(design.steps), "--class-batch-size", "25")
     prior += ("--class-guidance-scale", str(design.guidance_scale))
@@ -122,48 +130,29 @@ def all_ways(design: Design, data: Path) -> list[Way]:
     factors += ("--lora-rank", str(design.rank), "--lora-targets", *design.targets)
     ti, db = "textual-inversion", "dreambooth"
     return [
-        Way(BEFORE),
-        Way("textual inversion, 1 vector", ti, inversion, TOKEN),
-        Way("textual inversion, 4 vectors", ti, (*inversion, "--vectors", "4"), TOKEN),
-        Way("DreamBooth", db, (*booth, *full)),
-        Way("DreamBooth, prior", db, (*booth, *prior, *full)),
-        Way("DreamBooth LoRA", db, (*booth, *factors)),
-        Way("DreamBooth LoRA, prior", db, (*booth, *prior, *factors)),
-        Way("LoRA, captions", "lora", ("--data", str(data / "captioned"), *factors)),
+        Way(BEFORE, rare),
+        Way("textual inversion, 1 vector", token, ti, inversion),
+        Way("textual inversion, 4 vectors", token, ti, (*inversion, "--vectors", "4")),
+        Way("DreamBooth", rare, db, (*booth, *full)),
+        Way("DreamBooth, prior", rare, db, (*booth, *prior, *full)),
+        Way("DreamBooth LoRA", rare, db, (*booth, *factors)),
+        Way("DreamBooth LoRA, prior", rare, db, (*booth, *prior, *factors)),
+        Way("LoRA, captions", rare, "lora", ("--data", str(data / "captioned"), *factors)),
     ]
 
 
 # --- Teaching --------------------------------------------------------------------------------
 
 
-def taught_pictures(design: Design) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """uint8 [n, 32, 32, 3] and their (stroke, background), no stroke twice."""
-    scans = draw_letters(design.letter, design.pictures, TAUGHT_SEED)
-    strokes = np.random.default_rng(TAUGHT_SEED).permutation(digits.COLOUR_NAMES)
-    backgrounds = np.roll(strokes, 3)
-    pictures, colours = [], []
-    for i, scan in enumerate(scans):
-        names = (str(strokes[i % len(strokes)]), str(backgrounds[i % len(strokes)]))
-        picture, *_ = digits.colour_scan(scan, np.random.default_rng([TAUGHT_SEED, i]), names)
-        pictures.append(to_uint8(2 * picture - 1))
-        colours.append(names)
-    return np.stack(pictures), colours
-
-
-def write_pictures(design: Design, folder: Path) -> None:
-    """Twice: in plain/ alone, in captioned/ each with a .txt that names its colours."""
-    for picture, (stroke, background) in zip(*taught_pictures(design), strict=True):
+def write_pictures(concept: Concept, count: int, folder: Path) -> None:
+    """Twice: in plain/ alone, in captioned/ each with a .txt that names all that it shows."""
+    for name, picture, caption in concept.taught(count):
         for part in ("plain", "captioned"):
-            file = folder / part / f"{stroke}-on-{background}.png"
+            file = folder / part / f"{name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(file)
             if part == "captioned":
-                caption = in_colours(f"{WORD} {CLASS}", stroke, background)
-                file.with_suffix(".txt").write_text(caption)
-
-
-def in_colours(word: str, stroke: str, background: str) -> str:
-    return f"{a(stroke)} {word} on {a(background)} background"
+                file.with_suffix(".txt").write_text(caption.format(concept.rare))
 
 
 def teach(way: Way, seed: int, options: Options) -> Pipeline:
@@ -179,30 +168,31 @@ def teach(way: Way, seed: int, options: Options) -> Pipeline:
     if not way.inverted:
         return jaxsd.load(workdir / "model")
     pipe = jaxsd.load(options.model)
-    pipe.add_embedding(workdir / "model", TOKEN)
+    pipe.add_embedding(workdir / "model", way.word)
     return pipe
 
 
 # --- Measuring -------------------------------------------------------------------------------
 
 
-def measure(pipe: Pipeline, way: Way, seed: int, design: Design) -> dict[str, float]:
+def measure(
+    pipe: Pipeline, concept: Concept, way: Way, seed: int, design: Design
+) -> dict[str, float]:
     """What a taught model draws: see the head of this file."""
-    letter, count = design.letter, design.drawn
-    pairs = [pair for pair in _pairs(np.random.default_rng([seed, 7]), count)]
-    prompts, wanted = models.full_prompts(design.digits, seed)
-    bare = draw(pipe, [f"a {way.word}"] * count, seed, design)
-    coloured = draw(pipe, [in_colours(way.word, *pair) for pair in pairs], seed + 100, design)
-    kind = draw(pipe, [f"a {CLASS}"] * count, seed + 200, design)
-    digit, right = digits_right(draw(pipe, prompts, seed + 300, design), wanted)
-    return {
-        "letter": share_of_letter(letter, bare),
-        "letter_in_colours": share_of_letter(letter, coloured),
-        "all_right": share_in_colours(letter, coloured, pairs),
-        "digit": digit,
-        "digit_all_right": right,
-        "class_is_letter": share_of_letter(letter, kind),
-    }
+    count = design.drawn
+    rng = np.random.default_rng([seed, 7])
+    full, full_wanted = concept.full_prompts(way.word, count, rng)
+    asked, wanted = models.full_prompts(design.digits, seed)
+    return concept.figures(
+        Drawn(
+            draw(pipe, [concept.bare_prompt(way.word)] * count, seed, design),
+            draw(pipe, full, seed + 100, design),
+            full_wanted,
+            draw(pipe, [f"a {CLASS}"] * count, seed + 200, design),
+            draw(pipe, asked, seed + 300, design),
+            wanted,
+        )
+    )
 
 
 def draw(pipe: Pipeline, prompts: list[str], seed: int, design: Design) -> np.ndarray:
@@ -210,18 +200,13 @@ def draw(pipe: Pipeline, prompts: list[str], seed: int, design: Design) -> np.nd
     return drawing.draw(pipe, prompts, how, seed)
 
 
-def _pairs(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    return [digits.draw_colours(rng) for _ in range(count)]
-
-
 class Rows:
     """What is known of each way and seed."""
 
     def __init__(self, options: Options, weights: str):
         self._kept, self._options = Kept(options.results), options
-        self._design = ", ".join(
-            f"{name} {value}" for name, value in dataclasses.asdict(options.design).items()
-        )
+        settings = {options.kind: options.name} | dataclasses.asdict(options.design)
+        self._design = ", ".join(f"{name} {value}" for name, value in settings.items())
         self._weights = weights
 
     def _key(self, way: Way, seed: int) -> tuple[str, str]:
@@ -236,17 +221,8 @@ class Rows:
 
 # --- Tables ----------------------------------------------------------------------------------
 
-COLUMNS = {
-    "letter": ("the letter, bare prompt", 2),
-    "letter_in_colours": ("the letter, with colours", 2),
-    "all_right": ("and both colours right", 2),
-    "digit": ("ten digits right", 3),
-    "digit_all_right": ("and both colours right ", 3),
-    "class_is_letter": ("'a digit' is the letter", 2),
-}
 
-
-def table(ways: list[Way], rows: Rows, seeds: tuple[int, ...]) -> str:
+def table(concept: Concept, ways: list[Way], rows: Rows, seeds: tuple[int, ...]) -> str:
     """Mean and standard deviation over the seeds that are known."""
     found = {}
     for way in ways:
@@ -254,18 +230,18 @@ def table(ways: list[Way], rows: Rows, seeds: tuple[int, ...]) -> str:
         if known:
             name = f"{way.name} ({len(known)} seed{'s' * (len(known) > 1)})"
             found[name] = report.summarise(known)
-    return report.format_table(found, COLUMNS)
+    return report.format_table(found, concept.columns)
 
 
 def draw_image(ways: list[Way], options: Options, columns: int = 8) -> None:
-    """The taught pictures and, of each way that was trained here, its bare and coloured prompts."""
-    design, rows = options.design, []
-    taught, _ = taught_pictures(design)
+    """The taught pictures and, of each way that was trained here, its bare and full prompts."""
+    design, concept, rows = options.design, options.concept, []
+    taught = np.stack([shown.picture for shown in concept.taught(design.pictures)])
     rows.append(np.resize(taught, (2 * columns, *taught.shape[1:])))
-    pairs = _pairs(np.random.default_rng(7), columns)
     for way in ways:
         pipe = teach(way, options.seeds[0], options)
-        prompts = [f"a {way.word}"] * columns + [in_colours(way.word, *pair) for pair in pairs]
+        full, _ = concept.full_prompts(way.word, columns, np.random.default_rng(7))
+        prompts = [concept.bare_prompt(way.word)] * columns + full
         rows.append(draw(pipe, prompts, 400, design))
     grid = Image.fromarray(tile(np.concatenate(rows), 2 * columns))
     options.image.parent.mkdir(parents=True, exist_ok=True)
@@ -273,15 +249,16 @@ def draw_image(ways: list[Way], options: Options, columns: int = 8) -> None:
 
 
 def main(options: Options) -> None:
-    design = options.design
+    design, concept = options.design, options.concept
     data = options.runs / "pictures"
-    ways = all_ways(design, data)
+    ways = all_ways(concept, design, data)
     chosen = [w for w in ways if not options.only or w.name.startswith(options.only)]
     if not chosen:
         sys.exit(f"--only: there are {'; '.join(way.name for way in ways)}")
-    rows = Rows(options, digest(jaxsd.load(options.model).params["unet"]))
+    untaught = jaxsd.load(options.model)
+    rows = Rows(options, digest(untaught.params["unet"]))
     if options.measure:
-        write_pictures(design, data)
+        write_pictures(concept, design.pictures, data)
         stop = np.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
         for seed in options.seeds:
             for way in chosen:
@@ -289,14 +266,19 @@ def main(options: Options) -> None:
                     continue
                 if time.monotonic() > stop:
                     sys.exit("stopped: the same command goes on from here")
-                rows.put(way, seed, measure(teach(way, seed, options), way, seed, design))
+                pipe = teach(way, seed, options)
+                rows.put(way, seed, measure(pipe, concept, way, seed, design))
                 print(f"{way.name}, seed {seed}", file=sys.stderr, flush=True)
         draw_image([way for way in ways if rows.get(way, options.seeds[0])], options)
-    accuracies = held_out_accuracies(design.letter)
+    accuracies = concept.accuracies(untaught)
     told = ", ".join(f"{value:.3f} of {name}" for name, value in accuracies.items())
-    print(f"{design.letter}, from {design.pictures} pictures; the reader is right on {told}")
-    print(f"\n{table(ways, rows, options.seeds)}")
+    print(f"{concept.name}, from {design.pictures} pictures; the reader is right on {told}")
+    print(f"\n{table(concept, ways, rows, options.seeds)}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(
+        tyro.extras.overridable_config_cli(
+            {"letter": ("A letter: a new shape.", Options()), "ink": ("A new ink.", INK)}
+        )
+    )

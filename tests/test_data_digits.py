@@ -155,6 +155,16 @@ def test_recover_stands_noise_and_blank_pictures():
     assert np.all(scans == 0) and list(found) == ["blue"]
 
 
+def test_colours_are_measured():
+    scan = np.zeros((8, 8))
+    scan[2:6, 2:6] = 1  # thick enough for the full colour
+    asked = np.array([[0.2, 0.7, 0.4], [0.9, 0.1, 0.6]])
+    found = digits.measure_colours(digits.render(scan, *asked)[None])
+    assert np.abs(np.concatenate(found) - asked).max() < 1 / 255  # rounding
+    with pytest.raises(JaxsdError, match="32, 32, 3"):
+        digits.measure_colours(np.zeros((32, 32, 3)))
+
+
 def test_recover_refuses_other_shapes_and_ranges():
     with pytest.raises(JaxsdError, match="32, 32, 3"):
         digits.recover(np.zeros((32, 32, 3)))

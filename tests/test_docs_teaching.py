@@ -1,4 +1,4 @@
-"""`docs/teaching.py`: the letter's drawings, who recognises them, and the measurement."""
+"""`docs/teaching.py`: drawings of letters and inks, who recognises them, and the measurement."""
 
 import dataclasses
 import importlib
@@ -18,9 +18,14 @@ from jaxsd.data import digits
 from jaxsd.pictures import to_uint8
 
 sys.path.append(str(Path(__file__).parent.parent / "docs"))
-letters, recognition, script = (
-    importlib.import_module(name) for name in ("letters", "recognition", "teaching")
+concepts, inks, letters, recognition, script = (
+    importlib.import_module(name)
+    for name in ("concepts", "inks", "letters", "recognition", "teaching")
 )
+CONCEPTS = (script.Options(), script.INK)
+
+
+SCANS = digits.load_scans("train")[0][:30]
 
 
 def rendered(scans, colours):
@@ -70,13 +75,59 @@ def test_shares_of_known_pictures():
     assert recognition.digits_right(numbers, [(d, b, s) for d, s, b in wanted]) == (digit, 0)
 
 
-def test_every_way_is_a_command(tmp_path):
-    ways = script.all_ways(script.Design(), tmp_path)
+def test_an_ink_is_shown_by_training_scans():
+    taught = inks.draw_digits("lilac", 6, 0)
+    assert len({digit for _, digit, _ in taught}) == len({paper for *_, paper in taught}) == 6
+    seen = inks.see(np.stack([picture for picture, *_ in taught]), "lilac")
+    assert seen.right([(digit, "lilac", paper) for _, digit, paper in taught]).all()
+    black = np.stack([inks.draw_scan(s, "black", "white", np.random.default_rng(0)) for s in SCANS])
+    assert (inks.see(black, "lilac").inks == "black").all()
+    for other, ink in (("white", "lilac"), ("purple", "lilac"), ("lilac", "ember")):
+        drawn = inks.draw_scan(SCANS[0], other, "green", np.random.default_rng(0))
+        assert inks.see(drawn[None], ink).inks != ink
+
+
+def test_the_judge_of_inks_reads_as_the_usual_one():
+    rng = np.random.default_rng(0)
+    pairs = [digits.draw_colours(rng) for _ in SCANS]
+    pictures = rendered(SCANS, pairs)
+    scans, strokes, papers = digits.recover(pictures / 255)
+    seen = inks.see(pictures, "lilac")
+    assert (seen.inks == strokes).all() and (seen.backgrounds == papers).all()
+    assert (seen.digits == recognition.judges().predict(2 * scans - 1)).all()
+
+
+@pytest.mark.parametrize("options", CONCEPTS, ids=lambda options: options.kind)
+def test_what_is_asked_says_what_is_free(options):
+    concept, rng = options.concept, np.random.default_rng(0)
+    prompts, wanted = concept.full_prompts(concept.rare, 20, rng)
+    assert len(prompts) == len(wanted) == 20
+    taught = concept.taught(6)
+    assert len({one.name for one in taught}) == 6
+    asked = [one.caption.format(concept.rare) for one in taught]
+    for text in (*prompts, *asked):
+        assert text.count("sks") == 1 and text.endswith(" background")
+    assert concept.bare_prompt(concept.rare) == "a sks digit"
+    assert concept.begin in {*digits.COLOUR_NAMES, "digit"}
+
+
+@pytest.mark.parametrize("options", CONCEPTS, ids=lambda options: options.kind)
+def test_every_way_is_a_command(options, tmp_path):
+    ways = script.all_ways(options.concept, options.design, tmp_path)
     assert ways[0].name == script.BEFORE
     for way in ways[1:]:
         told = [way.recipe, "--model", "digits", "--workdir", "w", *way.arguments, "--seed", "1"]
         recipe = tyro.cli(Recipe, args=told, config=(tyro.conf.OmitArgPrefixes,))
         assert recipe.seed == 1
+
+
+@pytest.mark.parametrize("options", CONCEPTS[:1], ids=lambda options: options.kind)
+def test_what_is_published_is_known(options):
+    weights = script.digest(script.jaxsd.load("digits").params["unet"])
+    rows, concept = script.Rows(options, weights), options.concept
+    for way in script.all_ways(concept, options.design, Path()):
+        found = rows.get(way, 0)
+        assert found is not None and found.keys() == concept.columns.keys(), way.name
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ into grain and are deterministic:
 
 import functools
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -38,7 +39,6 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "black": (0.03, 0.03, 0.03),
 }
 COLOUR_NAMES = tuple(COLOURS)
-_PALETTE = np.array(list(COLOURS.values()))
 
 # (share of all captions, templates); a template names exactly what its placeholders say. What it
 # leaves out is free, which is what teaches the model to vary it. "red" alone means the stroke.
@@ -276,28 +276,54 @@ def make_picture(
     return {"image": 2 * picture - 1, "caption": caption(rng, element["label"], stroke, background)}
 
 
-def nearest_colour(rgb: np.ndarray) -> np.ndarray:
+def nearest_colour(
+    rgb: np.ndarray, colours: Mapping[str, tuple[float, float, float]] = COLOURS
+) -> np.ndarray:
     """The names [n] of the colours nearest to RGB values [n, 3] in [0, 1] (Euclidean)."""
-    distance = np.linalg.norm(rgb[:, None, :] - _PALETTE[None], axis=-1)
-    return np.array(COLOUR_NAMES)[np.argmin(distance, axis=1)]
+    palette = np.array(list(colours.values()))
+    distance = np.linalg.norm(rgb[:, None, :] - palette[None], axis=-1)
+    return np.array(list(colours))[np.argmin(distance, axis=1)]
+
+
+def measure_colours(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of pictures [n, 32, 32, 3] in [0, 1]: RGB values [n, 3] of (strokes, backgrounds).
+
+    The background is the median of the left and right edges (strokes often touch the top and
+    bottom), the stroke is the mean of the 3 % of pixels farthest from it. Raises JaxsdError for
+    another shape or range.
+    """
+    background, axis, _ = _measure(_checked(pictures))
+    return background + axis, background
 
 
 def recover(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Undoes `render`: pictures [n, 32, 32, 3] in [0, 1] -> (scans, strokes, backgrounds).
 
     Scans are float32 [n, 8, 8] in [0, 1]; strokes and backgrounds are colour names [n]. Colours
-    are measured in each picture, so jitter does no harm: the background is the median of the left
-    and right edges (strokes often touch the top and bottom), the stroke is the mean of the 3 % of
-    pixels farthest from it. Ink is the place of a pixel between the two. A blank picture gives an
-    empty scan. Raises JaxsdError for another shape or range.
+    are measured in each picture (`measure_colours`), so jitter does no harm. Ink is the place of a
+    pixel between the two. A blank picture gives an empty scan. Raises JaxsdError for another shape
+    or range.
     """
+    background, axis, offset = _measure(_checked(pictures))
+    length = np.maximum((axis**2).sum(axis=-1), 1e-2)  # contrast below .1 counts as blank
+    crisp = np.einsum("npc,nc->np", offset, axis) / length[:, None]
+    ink = np.interp(np.clip(crisp, 0, 1), _CRISP, _INK).reshape(-1, PICTURE_SIZE, PICTURE_SIZE)
+    scans = np.clip(_REDUCE @ ink @ _REDUCE.T, 0, 1).astype(np.float32)
+    return scans, nearest_colour(background + axis), nearest_colour(background)
+
+
+def _checked(pictures: np.ndarray) -> np.ndarray:
     pictures = np.asarray(pictures)
     expected = (PICTURE_SIZE, PICTURE_SIZE, 3)
     if pictures.ndim != 4 or pictures.shape[1:] != expected:
         raise JaxsdError(f"expected pictures [n, 32, 32, 3], got {list(pictures.shape)}")
     if pictures.size and not (pictures.min() >= -1e-3 and pictures.max() <= 1 + 1e-3):
         raise JaxsdError("expected pictures with values in [0, 1]; divide uint8 by 255")
-    pictures = pictures.astype(np.float64)
+    return pictures.astype(np.float64)
+
+
+def _measure(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(backgrounds [n, 3], from there to the strokes [n, 3], and to every pixel [n, p, 3])."""
     edges = np.concatenate([pictures[:, :, :2], pictures[:, :, -2:]], axis=2)
     background = np.median(edges.reshape(len(pictures), -1, 3), axis=1)
 
@@ -306,9 +332,4 @@ def recover(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     count = round(0.03 * distance.shape[1])
     farthest = np.argpartition(distance, -count, axis=1)[:, -count:]
     axis = np.take_along_axis(offset, farthest[:, :, None], axis=1).mean(axis=1)
-
-    length = np.maximum((axis**2).sum(axis=-1), 1e-2)  # contrast below .1 counts as blank
-    crisp = np.einsum("npc,nc->np", offset, axis) / length[:, None]
-    ink = np.interp(np.clip(crisp, 0, 1), _CRISP, _INK).reshape(-1, PICTURE_SIZE, PICTURE_SIZE)
-    scans = np.clip(_REDUCE @ ink @ _REDUCE.T, 0, 1).astype(np.float32)
-    return scans, nearest_colour(background + axis), nearest_colour(background)
+    return background, axis, offset

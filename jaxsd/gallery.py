@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxsd import prompt_files
 from jaxsd.errors import JaxsdError
-from jaxsd.weights.files import read_json, write_json
+from jaxsd.weights.files import read_json, reading, write_json
 
 FILE = "sampling.json"
 PICTURE = re.compile(r"\d{8,}-seed\d+\.png")
@@ -59,9 +59,9 @@ def check(folder: Path, settings: dict[str, Any], prompts: Path) -> dict[str, An
 
 
 def claim(folder: Path, record: dict[str, Any], prompts: Path) -> None:
-    """Before a first picture is written: says in the folder how it is made, as `check` returned.
+    """Before a first picture is written, or taken for one that need not be: says how it is made.
 
-    JaxsdError if another command was faster, and makes others.
+    record: what `check` returned. JaxsdError if another command was faster, and makes others.
     """
     file = folder / FILE
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
@@ -73,10 +73,11 @@ def claim(folder: Path, record: dict[str, Any], prompts: Path) -> None:
         pass
     except OSError as error:
         raise JaxsdError(f"cannot write {file}: {error.strerror or error}") from None
-    for _ in range(20):
-        if file.stat().st_size:
-            break
-        time.sleep(0.1)  # another process has made it, and is about to write
+    with reading(file):
+        for _ in range(20):
+            if file.stat().st_size:
+                break
+            time.sleep(0.1)  # another process has made it, and is about to write
     known = _read(file)
     if known != record:
         scan = prompt_files.scan(prompts, known["lines"])

@@ -5,11 +5,12 @@ import os
 import time
 
 import pytest
-from many import LINES, draw, file_of_prompts, made  # noqa: F401
+from many import LINES, Painter, draw, file_of_prompts, made  # noqa: F401
 from refusals import refused as one_line
 from test_cli import cache, refused  # noqa: F401
 
 from jaxsd import gallery
+from jaxsd.cli.sampling import model
 from jaxsd.errors import JaxsdError
 
 
@@ -97,6 +98,22 @@ def test_of_two_commands_that_start_together_one_is_refused(tmp_path):
     longer = gallery.check(out, {"steps": 4}, file)
     gallery.claim(out, longer, file)
     assert json.loads((out / gallery.FILE).read_text()) == longer and longer["lines"] == 2
+
+
+def test_pictures_that_came_after_the_check_are_not_taken_for_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "load", lambda options: model.Session(options, Painter()))
+    file, out, check = tmp_path / "a.txt", tmp_path / "out", gallery.check
+    file.write_text("seven\n")
+    how = {"sampler": "ddim", "guidance_scale": 1.0}
+
+    def late(*args):
+        record = check(*args)
+        monkeypatch.setattr(gallery, "check", check)
+        assert draw(file, out, steps=1, **how).images == 1
+        return record
+
+    monkeypatch.setattr(gallery, "check", late)
+    assert "with steps 1, not 2" in one_line(draw, file, out, steps=2, **how)
 
 
 def test_what_drew_nothing_claims_nothing(tmp_path):

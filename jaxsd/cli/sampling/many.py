@@ -98,11 +98,13 @@ def _draw(
     folder, file = session.options.out, session.options.prompts_file
     assert file is not None
     began, images, already = time.perf_counter(), 0, 0
+    claim = functools.cache(lambda: gallery.claim(folder, record, file))
 
     def missing() -> Iterator[Job]:
         nonlocal already
         for job in share:
             if _place(folder, job).exists():
+                claim()  # it may be another command's, and have come just now
                 already += 1
                 bar.total -= 1  # which the bar's rate must not count
             else:
@@ -116,8 +118,7 @@ def _draw(
     with Writer() as writer:
         for batch, pixels in one_ahead(started()):
             pictures = to_uint8(np.asarray(pixels)[: len(batch)])
-            if not images:
-                gallery.claim(folder, record, file)
+            claim()
             for job, picture in zip(batch, pictures, strict=True):
                 writer.write(picture, _place(folder, job), session.notes_of(job, picture))
             images += len(batch)

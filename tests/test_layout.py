@@ -55,7 +55,9 @@ ALLOWED = {
         "weights",
     ),
     "compilation_cache": (),
-    "programs": ("errors", "weights"),
+    "custom_calls": ("errors",),
+    "facts": (),
+    "programs": ("custom_calls", "errors", "facts", "weights"),
     "conversion": ("components", "errors", "hub", "vocabulary", "weights"),
     "conditioning": ("errors", "models", "nn", "programs", "sharding", "tokenizer", "weights"),
     "shortcuts": ("diffusion", "errors", "models", "nn"),
@@ -68,6 +70,7 @@ ALLOWED = {
         "diffusion",
         "eight_bits",
         "errors",
+        "facts",
         "nn",
         "programs",
         "sharding",
@@ -115,7 +118,7 @@ ALLOWED = {
         "shortcuts",
         "tasks",
     ),
-    "ahead": ("errors", "pipeline", "programs"),
+    "ahead": ("errors", "pipeline", "programs", "shortcuts"),
 }
 NEVER = {
     "objectives": ("training", "cli", "evaluation"),

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import tiny
 from jax import export
+from PIL import Image
 from refusals import refused
 
 from jaxsd import ahead, facts, kernels, previews, programs, sharding
 from jaxsd.cli import run_command
+from jaxsd.cli.sample import Options
+from jaxsd.cli.sampling import model
 from jaxsd.compilation_cache import prune, use_compilation_cache
 from jaxsd.weights.lora import Layer, LoRA
 
@@ -307,6 +310,55 @@ def test_compiled_on_the_command_line(tmp_path, capsys):
         )
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and "batch_size 2" in said
+
+
+def test_options_of_sampling_are_options_of_compile(words, tmp_path, capsys):
+    """Eight bits, what is left out to be faster, and with them a preview."""
+    tiny.pipeline(words).save(tmp_path / "model")
+    told = [str(tmp_path / "model"), "--batch-size", "1", "--quantize", "int8"]
+    told += ["--guidance-interval", "0", "2", "--cache-every", "2"]
+    folder = str(tmp_path / "f")
+    run_command("compile", [*told, "--out", folder])
+    wanted = ["nine", "--model", *told, "--steps", "3", "--json", "--preview-every", "2"]
+    found = []
+    for options in ([], ["--compiled", folder, "--preview-with", "linear"]):
+        capsys.readouterr()
+        run_command("sample", [*wanted, "--out", str(tmp_path / f"out{len(options)}"), *options])
+        paths = json.loads(capsys.readouterr().out)["images"]
+        found.append(Image.open(paths[0]).tobytes())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "command, options, said",
+    [
+        ("sample", ["seven", "--compiled", "f", "--refiner", "r"], "refiner"),
+        ("sample", ["--compiled", "f", "--prompts-file", "{file}"], "8 devices"),
+        ("sample", ["seven", "--out", "{file}/x"], "cannot write to"),
+        ("compile", ["m", "--out", "{file}/x"], "cannot write to"),
+    ],
+)
+def test_refused_before_a_model_is_opened(tmp_path, monkeypatch, capsys, command, options, said):
+    monkeypatch.setattr("jaxsd.pipeline.load", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("a prompt\n")
+    with pytest.raises(SystemExit):
+        run_command(command, [text.format(file=tmp_path / "file.txt") for text in options])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_a_refiner_is_in_eight_bits_too(words, monkeypatch):
+    def load(name, quantize=None, **_):
+        pipe = tiny.pipeline(words)
+        if quantize:
+            pipe.quantize(quantize)
+        return pipe
+
+    monkeypatch.setattr("jaxsd.pipeline.load", load)
+    options = Options(prompts=("nine",), model="base", refiner="refiner", quantize="int8")
+    session = model.load(options)
+    assert session.pipe.quantised and session.refiner.quantised
 
 
 # --- The cache of compiled programs -----------------------------------------------------------

@@ -1,5 +1,6 @@
 """A model's programs made before they are needed: what `jaxsd compile` does."""
 
+import dataclasses
 from pathlib import PurePath
 
 from PIL import Image
@@ -64,5 +65,9 @@ def compile_ahead(
             )
     settings = {"batch_size": batch_size, "height": height, "width": width, "sampler": sampler}
     settings["guidance"] = "yes" if scale > 1 and not pipe.guidance_embedded else "no"
+    settings["quantize"] = "yes" if pipe.quantised else "no"
+    usual = dataclasses.asdict(Shortcuts())
+    taken = [name for name, value in dataclasses.asdict(shortcuts).items() if value != usual[name]]
+    settings["shortcuts"] = " and ".join(taken) or "no"
     programs.save(made, folder, pipe.compiled_for, settings)
     return made

@@ -108,7 +108,7 @@ class Programs:
         return program
 
     def read(self, folder: str | PurePath, made_for: Facts) -> None:
-        """From now on only the programs of a folder are run.
+        """From now on only the programs of a folder are run, which have no gradient.
 
         JaxsdError if it is damaged, or `facts` differ from those that it was written with.
         """
@@ -144,7 +144,7 @@ class Programs:
             what = ", ".join(f"{n} is {now} in place of {was}" for n, was, now in nearest[:2])
             what = f"of {name}, {what}" + (", …" if len(nearest) > 2 else "")
         return f"{self._folder} was compiled for {settings}, not for this: {what}; ask for the " \
-               f"same, or {_again(self._folder)}"  # fmt: skip
+               f"same, or `jaxsd compile` this with --out {self._folder}"  # fmt: skip
 
 
 class Part:

@@ -144,7 +144,8 @@ def test_a_second_start_compiles_nothing(words, folder):
 def test_what_was_not_compiled_is_refused_with_what_differs(words, folder):
     pipe = ready(words, folder)
     said = refused(pipe, PROMPTS[:1], [5])
-    for part in ("batch_size 2", "height 8", "key<fry>[2]", "key<fry>[1]", "jaxsd compile"):
+    parts = ("batch_size 2", "height 8", "quantize no", "shortcuts no", "jaxsd compile")
+    for part in (*parts, "key<fry>[2]", "key<fry>[1]"):
         assert part in said, said
     assert "euler" in refused(pipe, PROMPTS, [5, 6], sampler="euler")
     assert "[8, 8, 4]" in refused(pipe, PROMPTS, [5, 6], height=16, width=16)

@@ -26,7 +26,7 @@ class Compiled(Model):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        jit, options = self.programs.jit, kernels.compiler_options()
+        jit, options = self.programs.jit, kernels.compiler_options
         self._compiled_noise = jit("noise", samplers.initial_noise, ("shape",))
         self._compiled_denoise = jit(
             "denoise", self._loop, ("schedule", "sampler", "ways"), options

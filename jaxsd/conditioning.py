@@ -76,6 +76,8 @@ class TextEncoder:
         layers = min(net.config.num_hidden_layers for net in self.towers) - self.pooled
         if not 0 <= clip_skip < layers:
             raise JaxsdError(f"clip_skip must be from 0 to {layers - 1}, not {clip_skip}")
+        if chunks < 1:
+            raise JaxsdError(f"chunks must be at least 1, not {chunks}")
         unique = list(dict.fromkeys(prompt or "" for prompt in prompts))  # each is warned of once
         places = [unique.index(prompt or "") for prompt in prompts]
         tokens = []

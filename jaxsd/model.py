@@ -14,8 +14,9 @@ from jaxsd.conditioning import TextEncoder
 from jaxsd.diffusion import samplers
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
+from jaxsd.facts import facts
 from jaxsd.nn import Net, Params
-from jaxsd.programs import Programs, facts
+from jaxsd.programs import Programs
 from jaxsd.tokenizer import Tokenizer
 from jaxsd.weights import embeddings, lora, lora_files
 from jaxsd.weights.embeddings import Embedding

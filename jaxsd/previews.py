@@ -41,7 +41,8 @@ def linear(pipe: Networks, seed: int = 0) -> Preview:
     # Patches of one colour: at a patch's edge a pixel depends on the neighbours as well.
     patches = rng.standard_normal((64, 2, 2, channels)).astype(np.float32)
     latents = patches.repeat(4, 1).repeat(4, 2)  # 8x8
-    pixels = pipe.decode_array(jnp.asarray(latents)) / np.float32(127.5) - 1
+    with pipe.programs.tracing():  # of no request's shape
+        pixels = pipe.decode_array(jnp.asarray(latents)) / np.float32(127.5) - 1
     n, h, w, _ = pixels.shape
     pooled = pixels.reshape(n, h // downscale, downscale, w // downscale, downscale, -1).mean(
         (2, 4)

@@ -7,35 +7,26 @@ arguments' tree is not in the files: the model that calls has it, and must bring
 """
 
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import PurePath
 from typing import Any
 
 import jax
 import numpy as np
 from jax import export
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsd.custom_calls import KERNELS, custom_calls
 from jaxsd.errors import JaxsdError
+from jaxsd.facts import Facts, differences, plain
 from jaxsd.weights.files import as_path, read_json, reading, replacing, write_json
 
 FILE, SUFFIX, FORMAT = "programs.json", ".stablehlo", 1
-# What a program may call besides arithmetic: kernels of XLA and Pallas that compute on a device.
-# Above all no `..._callback`: that is an address in memory, which is jumped to.
-KERNELS = (
-    *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),
-    *("cu_threefry2x32_ffi", "__gpu$xla.gpu.triton", "tpu_custom_call"),
-    *("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax"),
-)
-# Of JAX's settings those that other numbers come of.
-SETTINGS = ("jax_default_matmul_precision", "jax_threefry_partitionable")
-Facts = Mapping[str, Any]  # of JSON
 
 
 class Program:
@@ -46,11 +37,10 @@ class Program:
         self.file = f"{name}-{hashlib.sha256(data).hexdigest()[:16]}{SUFFIX}"
         try:
             exported = export.deserialize(bytearray(data))
-            foreign = _custom_calls(exported) - set(KERNELS)
+            foreign = custom_calls(exported) - set(KERNELS)
         except Exception as error:  # of whatever kind flatbuffers and MLIR have
-            raise JaxsdError(
-                f"{self.file} is no program of jax.export's: {error!r}"[:300]
-            ) from None
+            said = f"{self.file} is no program of jax.export's: {error!r}"
+            raise JaxsdError(said[:300]) from None
         if foreign:
             raise JaxsdError(f"{self.file} calls {', '.join(sorted(foreign))}, which is not run")
         self.call = exported.call
@@ -74,25 +64,38 @@ class Programs:
         name: str,
         function: Callable,
         static_argnames: Sequence[str] = (),
-        compiler_options: Mapping[str, Any] | None = None,
+        compiler_options: Callable[[], Mapping[str, Any]] = dict,
     ) -> "Part":
-        """As `jax.jit`, for a part of the model; static arguments are named, others are not."""
+        """As `jax.jit`, for a part of the model; static arguments are named, others are not.
+
+        compiler_options: asked when the part is first called, for they may depend on the backend.
+        """
         return Part(self, name, function, static_argnames, compiler_options)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Program]]:
         """Every part that is called inside is made ahead of time, run as such, and listed."""
-        self._recorded, before, self._read = [], self._read, None
+        with self.tracing():
+            self._recorded = []
+            try:
+                yield self._recorded
+            finally:
+                self._recorded = None
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Parts that are called inside are traced as ever, whatever was read."""
+        before, self._read = self._read, None
         try:
-            yield self._recorded
+            yield
         finally:
-            self._recorded, self._read = None, before
+            self._read = before
 
     def find(self, part: "Part", args: tuple, static: Facts) -> Program | None:
         """The program for a call; None to trace as ever. JaxsdError if it was not made ahead."""
         if self._recorded is None and self._read is None:
             return None
-        inputs, settled = part.describe(args), {n: _plain(value) for n, value in static.items()}
+        inputs, settled = part.describe(args), {n: plain(value) for n, value in static.items()}
         made = self._recorded if self._recorded is not None else self._read or ()
         alike = [program for program in made if program.name == part.name]
         for program in alike:
@@ -105,7 +108,7 @@ class Programs:
         return program
 
     def read(self, folder: str | PurePath, made_for: Facts) -> None:
-        """From now on only the programs of a folder are run.
+        """From now on only the programs of a folder are run, which have no gradient.
 
         JaxsdError if it is damaged, or `facts` differ from those that it was written with.
         """
@@ -114,7 +117,7 @@ class Programs:
         if listed.get("format") != FORMAT:
             raise JaxsdError(f"{folder} is of another version of jaxsd: {_again(folder)}")
         try:
-            differ = differences(dict(listed["made_for"]), _plain(made_for))
+            differ = differences(dict(listed["made_for"]), plain(made_for))
             settings, rows = dict(listed["settings"]), list(listed["programs"])
             read = [] if differ else [_open(where, **row) for row in rows]
         except (KeyError, TypeError, ValueError):
@@ -141,7 +144,7 @@ class Programs:
             what = ", ".join(f"{n} is {now} in place of {was}" for n, was, now in nearest[:2])
             what = f"of {name}, {what}" + (", …" if len(nearest) > 2 else "")
         return f"{self._folder} was compiled for {settings}, not for this: {what}; ask for the " \
-               f"same, or {_again(self._folder)}"  # fmt: skip
+               f"same, or `jaxsd compile` this with --out {self._folder}"  # fmt: skip
 
 
 class Part:
@@ -153,31 +156,43 @@ class Part:
         name: str,
         function: Callable,
         static_argnames: Sequence[str],
-        compiler_options: Mapping[str, Any] | None,
+        compiler_options: Callable[[], Mapping[str, Any]],
     ):
         self.programs, self.name, self._function = programs, name, function
-        self._options = dict(compiler_options or {})
-        self.traced = jax.jit(
-            function, static_argnames=static_argnames, compiler_options=self._options
-        )
+        self._static, self._ask = static_argnames, compiler_options
         self._made: dict[str, Callable] = {}
         self._names = [*inspect.signature(function).parameters]
 
+    @functools.cached_property
+    def _options(self) -> dict[str, Any]:
+        return dict(self._ask())
+
+    @functools.cached_property
+    def traced(self) -> Callable:
+        return jax.jit(self._function, static_argnames=self._static, compiler_options=self._options)
+
+    @functools.cached_property
+    def _inside(self) -> Callable:
+        """Part of a caller's program, which alone may have compiler options."""
+        return jax.jit(self._function, static_argnames=self._static)
+
     def __call__(self, *args: Any, **static: Any) -> Any:
-        program = self.programs.find(self, args, static)
+        program, leaves = self.programs.find(self, args, static), jax.tree.leaves(args)
+        inside = _in_a_program(leaves)
         if program is None:
-            return self.traced(*args, **static)
+            return (self._inside if inside else self.traced)(*args, **static)
+        if inside:
+            return program.call(*leaves)
         if program.file not in self._made:
             self._made[program.file] = jax.jit(program.call, compiler_options=self._options)
-        return self._made[program.file](*_together(jax.tree.leaves(args)))
+        return self._made[program.file](*_together(leaves))
 
     def describe(self, args: tuple) -> dict[str, str]:
         """Each leaf's place among the arguments, and what it is: {"x": "float32[1,8,8,4]"}."""
         named = dict(zip(self._names, args, strict=False))
         leaves = jax.tree_util.tree_flatten_with_path([*named.values()])[0]
-        names = [*named]
         return {
-            names[path[0].idx] + jax.tree_util.keystr(path[1:]): _kind(leaf)
+            [*named][path[0].idx] + jax.tree_util.keystr(path[1:]): _kind(leaf)
             for path, leaf in leaves
         }
 
@@ -206,6 +221,7 @@ def save(
     made_for: must hold where they are run. settings: what was asked for, to tell the user.
     """
     where = as_path(folder)
+    before = _listed(where)
     for program in programs:
         with replacing(where / program.file) as temporary:
             temporary.write_bytes(program.data)
@@ -214,39 +230,29 @@ def save(
     ]
     values = {"format": FORMAT, "made_for": made_for, "settings": settings, "programs": rows}
     write_json(where / FILE, values)
-    for file in where.glob(f"*{SUFFIX}"):  # of another time
-        if file.name not in {program.file for program in programs}:
-            file.unlink(missing_ok=True)
+    for name in before - {program.file for program in programs}:
+        (where / name).unlink(missing_ok=True)
+
+
+def _listed(where: Any) -> set[str]:
+    """The files of a folder that its list names: what else lies there is not ours."""
+    try:
+        files = [str(row["file"]) for row in read_json(where / FILE)["programs"]]
+    except (JaxsdError, KeyError, TypeError):
+        return set()
+    return {PurePath(file).name for file in files if file.endswith(SUFFIX)}
 
 
 def _open(folder: Any, name: str, file: str, static: Facts, inputs: Mapping[str, str]) -> Program:
+    texts = (name, file, *dict(inputs).values())
+    if not isinstance(static, dict) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("not what was written")
     path = folder / PurePath(file).name
     with reading(path):
         data = path.read_bytes()
     if hashlib.sha256(data).hexdigest()[:16] not in file:
         raise JaxsdError(f"{path} is damaged: {_again(folder)}")
     return Program(name, static, inputs, data)
-
-
-def facts(configs: Facts) -> dict[str, Any]:
-    """What must be the same where programs are made and where they are run."""
-    libraries = {name: metadata.version(name) for name in ("jaxsd", "jax", "jaxlib")}
-    machine = {"platform": jax.default_backend()}
-    settings = {name: str(getattr(jax.config, name)) for name in SETTINGS}
-    return {**libraries, **machine, **settings, **_plain(configs)}
-
-
-def differences(old: Facts, new: Facts, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(name, old, new) of what differs in two JSON objects, names with dots for objects inside."""
-    found = []
-    for name in [*old, *(name for name in new if name not in old)]:
-        was, now = old.get(name), new.get(name)
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += differences(was, now, f"{prefix}{name}.")
-        elif was != now:
-            found.append((prefix + name, "nothing" if was is None else was,
-                          "nothing" if now is None else now))  # fmt: skip
-    return found
 
 
 @contextlib.contextmanager
@@ -259,6 +265,11 @@ def _without_paths() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, before)
+
+
+def _in_a_program(leaves: Sequence[Any]) -> bool:
+    """Whether a caller's jit or gradient is being traced; in a jit constants become part of it."""
+    return any(isinstance(leaf, Tracer) for leaf in (*leaves, jax.device_put(np.int8(0))))
 
 
 def _spread(leaf: Any) -> Any:
@@ -284,21 +295,5 @@ def _kind(leaf: Any) -> str:
     return kind
 
 
-def _plain(value: Any) -> Any:
-    """As JSON holds it."""
-    return json.loads(json.dumps(value, default=dataclasses.asdict))
-
-
 def _again(folder: Any) -> str:
     return f"run `jaxsd compile` with --out {folder} again"
-
-
-def _custom_calls(exported: export.Exported) -> set[str]:
-    data = exported.mlir_module_serialized
-    # In bytecode names stand as they are, and text, which could hide them, is not taken.
-    if not data.startswith(b"ML\xefR"):
-        raise JaxsdError("it is not in bytecode")
-    if b"custom_call" not in data:
-        return set()
-    # What is not written as XLA's printer writes it counts as "", which is none of ours.
-    return set(re.findall(r"custom_call(?: @\"?([^\"(\s]+))?", exported.mlir_module()))

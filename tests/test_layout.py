@@ -56,7 +56,9 @@ ALLOWED = {
         "weights",
     ),
     "compilation_cache": (),
-    "programs": ("errors", "weights"),
+    "custom_calls": ("errors",),
+    "facts": (),
+    "programs": ("custom_calls", "errors", "facts", "weights"),
     "conversion": ("components", "errors", "hub", "vocabulary", "weights"),
     "conditioning": ("errors", "models", "nn", "programs", "sharding", "tokenizer", "weights"),
     "shortcuts": ("diffusion", "errors", "models", "nn"),
@@ -69,6 +71,7 @@ ALLOWED = {
         "diffusion",
         "eight_bits",
         "errors",
+        "facts",
         "nn",
         "programs",
         "sharding",
@@ -117,7 +120,7 @@ ALLOWED = {
         "shortcuts",
         "tasks",
     ),
-    "ahead": ("errors", "pipeline", "programs"),
+    "ahead": ("errors", "pipeline", "programs", "shortcuts"),
 }
 NEVER = {
     "objectives": ("training", "cli", "evaluation"),

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import tiny
 from jax import export
+from PIL import Image
 from refusals import refused
 
-from jaxsd import ahead, programs, sharding
+from jaxsd import ahead, facts, kernels, previews, programs, sharding
 from jaxsd.cli import run_command
+from jaxsd.cli.sample import Options
+from jaxsd.cli.sampling import model
 from jaxsd.compilation_cache import prune, use_compilation_cache
 from jaxsd.weights.lora import Layer, LoRA
 
@@ -65,6 +68,67 @@ def test_a_callback_runs_the_same_programs(words, folder):
     assert seen == [0, 1, 2]
 
 
+def test_parts_within_a_caller_s_program(words):
+    """Which alone may have compiler options; here constants are traced, too."""
+    pipe = tiny.pipeline(words)
+    cond, uncond = pipe.encode(PROMPTS[:1]), pipe.encode([None])
+    x = pipe.noise([5])
+
+    def predict(x):
+        return pipe.predict(x, 500.0, cond, uncond, 4.0)
+
+    np.testing.assert_allclose(jax.jit(predict)(x), predict(x), atol=1e-5)
+    assert np.isfinite(jax.grad(lambda x: predict(x).sum())(x)).all()
+    drawn = jax.jit(lambda x: pipe.denoise(x, cond, uncond, steps=2))(x)
+    np.testing.assert_allclose(drawn, pipe.denoise(x, cond, uncond, steps=2), atol=1e-5)
+    added = jax.jit(lambda y: y + pipe.start_decoding(x))(jnp.float32(0))
+    np.testing.assert_allclose(added, pipe.start_decoding(x), atol=1e-5)
+
+
+def test_programs_of_a_folder_within_a_caller_s_program(words, folder):
+    pipe = ready(words, folder)
+    cond, uncond = pipe.encode(PROMPTS), pipe.encode([None, None])
+    x = pipe.noise([5, 6])
+    drawn = jax.jit(lambda x: pipe.denoise(x, cond, uncond, steps=2))(x)
+    np.testing.assert_allclose(drawn, pipe.denoise(x, cond, uncond, steps=2), atol=1e-5)
+
+
+def test_compiler_options_are_asked_for_at_the_first_call():
+    asked = []
+
+    def options() -> dict:
+        asked.append(kernels.platform())
+        return {}
+
+    part = programs.Programs().jit("part", lambda x: x + 1, (), options)
+    assert not asked
+    with kernels.compiling_for("any"):
+        part(np.float32(1))
+    part(np.float32(2))
+    assert asked == ["any"]
+
+
+def test_a_linear_preview_beside_programs(words, folder):
+    """Which is fitted to more pictures than the programs are of."""
+    pair = [tiny.pipeline(words), ready(words, folder)]
+    x = pair[0].noise([5, 6])
+    usual, compiled = (previews.previewer(pipe, "linear")(x) for pipe in pair)
+    np.testing.assert_array_equal(usual, compiled)
+
+
+def test_facts_name_the_card(monkeypatch):
+    assert "device" not in facts.facts({})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert facts.facts({})["device"] == jax.devices()[0].device_kind
+
+
+def test_no_chunks_are_refused(words, tmp_path):
+    pipe = tiny.pipeline(words)
+    for chunks in (0, -1):
+        assert "chunks" in refused(pipe, PROMPTS, [5, 6], chunks=chunks)
+        assert "chunks" in refused(ahead.compile_ahead, pipe, tmp_path, chunks=chunks)
+
+
 def test_a_second_start_compiles_nothing(words, folder):
     compiled = []
 
@@ -82,7 +146,8 @@ def test_a_second_start_compiles_nothing(words, folder):
 def test_what_was_not_compiled_is_refused_with_what_differs(words, folder):
     pipe = ready(words, folder)
     said = refused(pipe, PROMPTS[:1], [5])
-    for part in ("batch_size 2", "height 8", "key<fry>[2]", "key<fry>[1]", "jaxsd compile"):
+    parts = ("batch_size 2", "height 8", "quantize no", "shortcuts no", "jaxsd compile")
+    for part in (*parts, "key<fry>[2]", "key<fry>[1]"):
         assert part in said, said
     assert "euler" in refused(pipe, PROMPTS, [5, 6], sampler="euler")
     assert "[8, 8, 4]" in refused(pipe, PROMPTS, [5, 6], height=16, width=16)
@@ -135,6 +200,8 @@ def test_the_scale_of_a_lora_is_free_and_its_shape_is_not(words, tmp_path):
     pipe.lora_scales = usual.lora_scales = [0.25]
     pair = [each.sample(PROMPTS, [5, 6], steps=2) for each in (pipe, usual)]
     np.testing.assert_array_equal(*pair)
+    watched = pipe.sample(PROMPTS, [5, 6], steps=2, callback=lambda i, t, x: None)
+    np.testing.assert_allclose(watched, pair[0], atol=1e-5)
     assert "inputs.loras" in refused(taught(3, tmp_path), PROMPTS, [5, 6], steps=2)
 
 
@@ -158,7 +225,7 @@ def test_weights_in_pieces_on_several_devices(words, tmp_path):
     assert "{'fsdp': 4}" in refused(pipe, PROMPTS, [5, 6], steps=2)
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "other", "no list", "half a list"])
+@pytest.mark.parametrize("harm", ["cut", "gone", "other", "no list", "half a list", "odd list"])
 def test_a_damaged_folder_is_refused(words, tmp_path, harm):
     pipe = tiny.pipeline(words)
     ahead.compile_ahead(pipe, tmp_path, batch_size=1)
@@ -173,7 +240,10 @@ def test_a_damaged_folder_is_refused(words, tmp_path, harm):
         (tmp_path / programs.FILE).unlink()
     else:
         listed = json.loads((tmp_path / programs.FILE).read_text())
-        del listed["programs"][1]["static"]
+        if harm == "half a list":
+            del listed["programs"][1]["static"]
+        else:
+            listed["programs"][1] |= {"static": [1], "inputs": {"x": 3}}
         (tmp_path / programs.FILE).write_text(json.dumps(listed))
     said = refused(pipe.programs.read, tmp_path, pipe.compiled_for)
     assert (programs.FILE if "list" in harm else "denoise-") in said
@@ -191,6 +261,17 @@ def test_a_program_that_calls_into_the_process_is_refused(words, tmp_path):
     said = refused(programs.Program, "decode", {}, {}, bytes(data))
     assert "xla_ffi_python_cpu_callback" in said
     assert "no program" in refused(programs.Program, "decode", {}, {}, b"\x80\x04pickle")
+
+
+def test_what_others_keep_in_the_folder_stays(tmp_path):
+    x = jax.ShapeDtypeStruct((2,), jnp.float32)
+    data = [bytes(export.export(jax.jit(f))(x).serialize()) for f in (jnp.sin, jnp.cos)]
+    sin, cos = (programs.Program(name, {}, {}, each) for name, each in zip("sc", data, strict=True))
+    (tmp_path / "mine.stablehlo").write_bytes(b"mine")
+    for program in (sin, cos):
+        programs.save([program], tmp_path, {}, {})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"mine.stablehlo", cos.file, programs.FILE}
 
 
 def test_writing_leaves_the_old_folder_or_the_new_one(words, tmp_path, monkeypatch):
@@ -213,13 +294,13 @@ def test_writing_leaves_the_old_folder_or_the_new_one(words, tmp_path, monkeypat
 
 
 def test_compiled_on_the_command_line(tmp_path, capsys):
-    model = ("--model", "digits-ddpm")
+    which = ("--model", "digits-ddpm")
     run_command(
-        "compile", [*model[1:], "--batch-size", "2", "--out", str(tmp_path / "f"), "--json"]
+        "compile", [*which[1:], "--batch-size", "2", "--out", str(tmp_path / "f"), "--json"]
     )
     made = json.loads(capsys.readouterr().out)
     assert len(made["programs"]) == 3  # of a pixel model: noise, denoise, decode
-    wanted = ["7", *model, "--steps", "3", "--batch-size", "2", "--json", "--out"]
+    wanted = ["7", *which, "--steps", "3", "--batch-size", "2", "--json", "--out"]
     paths = []
     for options in ([], ["--compiled", str(tmp_path / "f")]):
         run_command("sample", [*wanted, str(tmp_path / f"out{len(options)}"), *options])
@@ -228,10 +309,59 @@ def test_compiled_on_the_command_line(tmp_path, capsys):
     assert one == other
     with pytest.raises(SystemExit):
         run_command(
-            "sample", ["7", *model, "--compiled", str(tmp_path / "f"), "--out", str(tmp_path)]
+            "sample", ["7", *which, "--compiled", str(tmp_path / "f"), "--out", str(tmp_path)]
         )
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and "batch_size 2" in said
+
+
+def test_options_of_sampling_are_options_of_compile(words, tmp_path, capsys):
+    """Eight bits, what is left out to be faster, and with them a preview."""
+    tiny.pipeline(words).save(tmp_path / "model")
+    told = [str(tmp_path / "model"), "--batch-size", "1", "--quantize", "int8"]
+    told += ["--guidance-interval", "0", "2", "--cache-every", "2"]
+    folder = str(tmp_path / "f")
+    run_command("compile", [*told, "--out", folder])
+    wanted = ["nine", "--model", *told, "--steps", "3", "--json", "--preview-every", "2"]
+    found = []
+    for options in ([], ["--compiled", folder, "--preview-with", "linear"]):
+        capsys.readouterr()
+        run_command("sample", [*wanted, "--out", str(tmp_path / f"out{len(options)}"), *options])
+        paths = json.loads(capsys.readouterr().out)["images"]
+        found.append(Image.open(paths[0]).tobytes())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "command, options, said",
+    [
+        ("sample", ["seven", "--compiled", "f", "--refiner", "r"], "refiner"),
+        ("sample", ["--compiled", "f", "--prompts-file", "{file}"], "8 devices"),
+        ("sample", ["seven", "--out", "{file}/x"], "cannot write to"),
+        ("compile", ["m", "--out", "{file}/x"], "cannot write to"),
+    ],
+)
+def test_refused_before_a_model_is_opened(tmp_path, monkeypatch, capsys, command, options, said):
+    monkeypatch.setattr("jaxsd.pipeline.load", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("a prompt\n")
+    with pytest.raises(SystemExit):
+        run_command(command, [text.format(file=tmp_path / "file.txt") for text in options])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_a_refiner_is_in_eight_bits_too(words, monkeypatch):
+    def load(name, quantize=None, **_):
+        pipe = tiny.pipeline(words)
+        if quantize:
+            pipe.quantize(quantize)
+        return pipe
+
+    monkeypatch.setattr("jaxsd.pipeline.load", load)
+    options = Options(prompts=("nine",), model="base", refiner="refiner", quantize="int8")
+    session = model.load(options)
+    assert session.pipe.quantised and session.refiner.quantised
 
 
 # --- The cache of compiled programs -----------------------------------------------------------

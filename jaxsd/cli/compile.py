@@ -3,15 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
-from jaxsd.cli.several import Several, split
+from jaxsd.cli.shared import NAMES, SHORTCUTS, Shared, check_writable
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Shared):
     """Make the programs of sampling ahead of time: `sample.py --compiled FOLDER` traces nothing.
 
     Prompts, seeds, steps, scales and strength stay free. What is compiled for this machine goes
@@ -38,38 +37,23 @@ class Options:
     clip_skip: int = 0
     chunks: int = 1
     """Of long prompts: how many times the text tower's length they take."""
-    vae_tile: int = 0
-    """The side of the tiles that pictures are decoded in."""
-    lora: Several[str] = ()
-    """A LoRA of the same shape as those to come; may be repeated."""
-    controlnet: Several[str] = ()
-    """A ControlNet's folder or Hub id; may be repeated."""
-    variant: str | None = None
-    """Which files of a folder that holds several, such as fp16."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and computation."""
     json: bool = False
     """Print a JSON object instead of lines."""
 
 
 # What says which model, not which request.
-MODEL = ("model", "out", "vae_tile", "lora", "controlnet", "variant", "dtype", "json")
+MODEL = ("model", "out", "json", *NAMES)
 
 
 def main(argv: list[str] | None = None) -> None:
-    import jax.numpy as jnp
-
-    from jaxsd import pipeline
     from jaxsd.ahead import compile_ahead
 
     options = tyro.cli(Options, args=argv, prog="jaxsd compile")
-    pipe = pipeline.load(
-        options.model, getattr(jnp, options.dtype), options.variant, controlnets=options.controlnet
-    )
-    for text in options.lora:
-        pipe.add_lora(*split(text, float, 1.0))
-    pipe.vae_tile = options.vae_tile
-    request = {n: v for n, v in dataclasses.asdict(options).items() if n not in MODEL}
+    check_writable(options.out)
+    pipe = options.load(options.model)
+    told = dataclasses.asdict(options)
+    request = {n: v for n, v in told.items() if n not in (*MODEL, *SHORTCUTS)}
+    request["shortcuts"] = options.shortcuts
     made = {
         program.file: len(program.data) for program in compile_ahead(pipe, options.out, **request)
     }

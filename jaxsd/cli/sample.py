@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxsd.cli.several import Several
+from jaxsd.cli.shared import Shared, check_writable
 from jaxsd.cli.together import Together
 from jaxsd.errors import JaxsdError
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Together):
+class Options(Together, Shared):
     """Make pictures from prompts, and from pictures; several processes share them out."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]]
@@ -40,15 +41,6 @@ class Options(Together):
     distilled model is made for."""
     guidance_rescale: float = 0.0
     """From 0 to 1: tames the contrast of a high guidance scale."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide only where the noise level sigma / alpha is from the first to the second (inf for no
-    limit): elsewhere one pass instead of two. Faster, another picture."""
-    cache_every: int = 1
-    """Compute the UNet's deep blocks in every so many steps alone. Faster, a little worse."""
-    cache_branch: int = 0
-    """Around how many skip connections, less one, the outer blocks are computed between them."""
-    quantize: Literal["int8", "fp8"] | None = None
-    """Keep the UNet's weights in eight bits: less memory, a little worse. LoRAs are merged."""
     sampler: str | None = None
     """ddim, euler, dpmpp_2m, ...: an unknown name lists all; by default the model's own."""
     eta: float = 0.0
@@ -73,9 +65,8 @@ class Options(Together):
     """Light where the picture is to be painted anew."""
     image_guidance_scale: float = 1.5
     """How closely InstructPix2Pix keeps to the picture."""
-    controlnet: Several[str] = ()
-    """A ControlNet's folder or Hub id; may be repeated, each with a --control-image."""
     control_image: Several[str] = ()
+    """For each --controlnet what it looks at."""
     control_scale: Several[float] = ()
     """How much each ControlNet says: one for all, or one for each; by default 1."""
     refiner: str | None = None
@@ -83,30 +74,12 @@ class Options(Together):
     refiner_start: float = 0.8
     """At this share of the schedule."""
 
-    lora: Several[str] = ()
-    """A LoRA file, with its scale if it is not 1: style.safetensors:0.8; may be repeated."""
-    textual_inversion: Several[str] = ()
-    """A file of an embedding, with its token if it names none: cat.pt:<cat>; may be repeated."""
-    variant: str | None = None
-    """Which files of a folder that holds several, such as fp16."""
-    family: str | None = None
-    """What a single file holds where it cannot be told: sd2 or sd2-v."""
-    config: str | None = None
-    """For a single file: a diffusers folder with its configs."""
-    tokenizer: str | None = None
-    """For a single file: a folder with CLIP's vocabulary."""
-    use_ema: bool = False
-    """Take a single file's averaged weights, if it holds them."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and computation."""
     compiled: str | None = None
     """What `jaxsd compile` made for these options: nothing is traced, and little compiled."""
 
     batch_size: int | None = None
     """Pictures at a time, with --prompts-file on each device; by default 4 of 512 px or more, up to
     32 of smaller ones."""
-    vae_tile: int = 0
-    """Decode in tiles with this side in latents (64, say): large pictures in little memory."""
     preview_every: int = 0
     """Also write a strip with the picture after every so many steps."""
     preview_with: str = "vae"
@@ -146,13 +119,9 @@ def _check(options: Options) -> None:
             raise JaxsdError("prompts come from prompts_file or from the command line, not both")
         if options.preview_every:
             raise JaxsdError("preview_every is for prompts of the command line: leave it out")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        probe = options.out / ".jaxsd-writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process's, perhaps
-    except OSError as error:
-        raise JaxsdError(f"cannot write to {options.out}: {error.strerror or error}") from None
+    if options.compiled and options.refiner:
+        raise JaxsdError("of a refiner no programs are made ahead: leave out refiner or compiled")
+    check_writable(options.out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -62,6 +62,11 @@ def draw_file(options: Options) -> Drawn:
     """
     file = options.prompts_file
     assert file is not None
+    if options.compiled and jax.local_device_count() > 1:
+        raise JaxsdError(
+            f"prompts_file shares each batch out to the {jax.local_device_count()} devices of this "
+            "process, and programs are compiled for one: leave out compiled"
+        )
     processes.first(lambda: [*scan(file)])  # refused before a model is loaded
     session = model.load(options)
     chunks = processes.first(lambda: _survey(session, file))

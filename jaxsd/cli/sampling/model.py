@@ -5,15 +5,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsd import __version__, pipeline
 from jaxsd.cli.sample import Options
-from jaxsd.cli.several import split
 from jaxsd.cli.together import NAMES
 from jaxsd.errors import JaxsdError
-from jaxsd.shortcuts import Shortcuts
 from jaxsd.weights import edits
 
 # Of the options what does not make the picture.
@@ -77,7 +74,7 @@ class Session:
             steps=o.steps,
             guidance_scale=o.guidance_scale,
             guidance_rescale=o.guidance_rescale,
-            shortcuts=Shortcuts(o.guidance_interval, o.cache_every, o.cache_branch),
+            shortcuts=o.shortcuts,
             sampler=o.sampler,
             eta=o.eta,
             clip_skip=o.clip_skip,
@@ -111,11 +108,6 @@ class Session:
 
 def load(options: Options) -> Session:
     """Opens what the options name; JaxsdError if they cannot go together."""
-    shared = dict(
-        dtype=getattr(jnp, options.dtype), variant=options.variant, tokenizer=options.tokenizer
-    )
-    names = ("family", "config", "use_ema")
-    own = {name: getattr(options, name) for name in names if getattr(options, name)}
     edited = None
     if edits.find(options.model) is not None:
         from jaxsd.editing.imagic import load_edit
@@ -124,26 +116,19 @@ def load(options: Options) -> Session:
         if given := [n for n in (*set_there, "long_prompts") if getattr(options, n)]:
             raise JaxsdError(f"the edit says which model it is of, and how prompts are read: leave "
                              f"out {', '.join(given)}")  # fmt: skip
-        edited = load_edit(options.model, shared["dtype"], controlnets=options.controlnet)
+        edited = load_edit(
+            options.model, options.reading()["dtype"], controlnets=options.controlnet
+        )
     elif options.imagic_eta is not None:
         raise JaxsdError(
             f"imagic_eta is for what `train.py imagic` made: {options.model} is no edit"
         )
-    if edited is not None:
-        pipe = edited.pipe
-    else:
-        own |= {"compiled": options.compiled, "controlnets": options.controlnet}
-        pipe = pipeline.load(options.model, **shared, **own)
-    for text in options.lora:
-        name, scale = split(text, float, 1.0)
-        pipe.add_lora(name, scale)
-    for text in options.textual_inversion:
-        pipe.add_embedding(*split(text, str, None))
-    if options.quantize:
-        if pipe.loras:
-            pipe.merge_loras()
-        pipe.quantize(options.quantize)
-    refiner = None if options.refiner is None else pipeline.load(options.refiner, **shared)
+    pipe = options.load(options.model) if edited is None else options.complete(edited.pipe)
+    if options.compiled is not None:
+        pipe.programs.read(options.compiled, pipe.compiled_for)
+    refiner = None
+    if options.refiner is not None:
+        refiner = pipeline.load(options.refiner, **options.reading(), quantize=options.quantize)
     changes: dict[str, Any] = {}
     if options.spacing:
         changes["timestep_spacing"] = options.spacing

@@ -6,6 +6,7 @@ range over interleaved rounds in one run. Absolute times say nothing: they depen
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,49 +73,33 @@ def compare(
     print(f"| {name} | {middle:.2f} | {low:.2f} – {high:.2f} |")
 
 
+def made(layer: Any, shape: tuple[int, ...]) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """A layer as a function of an input of this shape, weight and bias; and these."""
+    net = Net(layer)
+    params = net.init(jax.random.key(1))
+
+    def ours(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        return net({"weight": weight, "bias": bias}, x)
+
+    x = jax.random.normal(jax.random.key(0), shape)
+    return ours, (x, params["weight"], params["bias"])
+
+
 def main() -> None:
     print(f"| ours / plain, {jax.devices()[0].device_kind} | median | 10 – 90 % |")
     print("| --- | --- | --- |")
     for shape, outputs in (((64, 64, 64), 512), ((2, 4096, 320), 320)):
-        net = Net(Linear(shape[-1], outputs))
-        x = jax.random.normal(jax.random.key(0), shape)
-        params = net.init(jax.random.key(1))
-
-        def ours(x, w, b, net=net):
-            return net({"weight": w, "bias": b}, x)
-
-        arguments = (x, params["weight"], params["bias"])
+        ours, arguments = made(Linear(shape[-1], outputs), shape)
         compare(f"Linear {list(shape)} → {outputs}", ours, plain_linear, arguments)
     for shape in ((64, 8, 8, 64), (2, 64, 64, 320)):
-        net = Net(GroupNorm(16, shape[-1], 1e-5))
-        x = jax.random.normal(jax.random.key(0), shape)
-        params = net.init(jax.random.key(1))
-
-        def ours(x, w, b, net=net):
-            return net({"weight": w, "bias": b}, x)
-
-        arguments = (x, params["weight"], params["bias"])
+        ours, arguments = made(GroupNorm(16, shape[-1], 1e-5), shape)
         compare(f"GroupNorm {list(shape)}", ours, plain_group_norm, arguments)
     for shape in ((64, 8, 8, 64), (1, 32, 32, 320)):
-        net = Net(Conv2d(shape[-1], shape[-1], 3, padding=1))
-        x = jax.random.normal(jax.random.key(0), shape)
-        params = net.init(jax.random.key(1))
-
-        def ours(x, w, b, net=net):
-            return net({"weight": w, "bias": b}, x)
-
-        arguments = (x, params["weight"], params["bias"])
+        ours, arguments = made(Conv2d(shape[-1], shape[-1], 3, padding=1), shape)
         compare(f"Conv2d {list(shape)}", ours, plain_conv, arguments)
         compare(f"Conv2d {list(shape)}, in a loop", ours, plain_conv, arguments, in_loop)
     for shape in ((2, 64, 64, 320), (2, 32, 32, 640), (2, 16, 16, 1280), (2, 8, 8, 1280)):
-        net = Net(Conv2d(shape[-1], shape[-1], 3, padding=1))
-        x = jax.random.normal(jax.random.key(0), shape)
-        params = net.init(jax.random.key(1))
-
-        def ours(x, w, b, net=net):
-            return net({"weight": w, "bias": b}, x)
-
-        arguments = (x, params["weight"], params["bias"])
+        ours, arguments = made(Conv2d(shape[-1], shape[-1], 3, padding=1), shape)
         compare(f"Conv2d {list(shape)}, in a loop", ours, transposed_conv, arguments, in_loop)
     for shape, keys in (((2, 4096, 8, 40), 4096), ((2, 1024, 8, 80), 1024), ((2, 4096, 8, 40), 77)):
         q, k, v = (

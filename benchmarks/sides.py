@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from devices import OnJax, OnTorch
 
 PROMPT = "a red seven on a white background"
 SCALE = 7.5
@@ -45,7 +46,7 @@ class Work:
         return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-class Jaxsd:
+class Jaxsd(OnJax):
     """A part of jaxsd's pipeline; `once` does it and waits for it."""
 
     def __init__(self, work: Work):
@@ -102,14 +103,8 @@ class Jaxsd:
     def _wait(self, array: Any) -> np.ndarray:
         return np.asarray(self._jax.block_until_ready(array))
 
-    def device(self) -> str:
-        return self._jax.devices()[0].device_kind
 
-    def device_peak(self) -> int | None:
-        return (self._jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-class Diffusers:
+class Diffusers(OnTorch):
     """The same of diffusers: channels last, attention by torch's own kernels."""
 
     def __init__(self, work: Work, compiled: bool):
@@ -117,12 +112,8 @@ class Diffusers:
         import torch
 
         diffusers.utils.logging.disable_progress_bar()
-        self._torch, self.work = torch, work
-        self.imported = time.perf_counter()
-        gpu = torch.cuda.is_available()
-        self._device = torch.device("cuda" if gpu else "cpu")
-        if not gpu:
-            torch.set_num_threads(work.threads)
+        self.work, self.imported = work, time.perf_counter()
+        super().__init__(torch, work.threads)
         dtype = getattr(torch, work.dtype)
         pipe = diffusers.DiffusionPipeline.from_pretrained(work.folder, torch_dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
@@ -130,7 +121,7 @@ class Diffusers:
         for module in (pipe.unet, pipe.vae):
             module.to(memory_format=torch.channels_last)
         if compiled:
-            mode = "max-autotune" if gpu else "default"
+            mode = "max-autotune" if self._device.type == "cuda" else "default"
             pipe.unet = torch.compile(pipe.unet, mode=mode, fullgraph=True)
             pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode, fullgraph=True)
         self.pipe = pipe
@@ -184,17 +175,6 @@ class Diffusers:
 
     def _array(self, x: Any) -> np.ndarray:
         return x.permute(0, 2, 3, 1).float().cpu().numpy()
-
-    def flops(self) -> None:
-        return None
-
-    def device(self) -> str:
-        gpu = self._device.type == "cuda"
-        return self._torch.cuda.get_device_name() if gpu else "cpu"
-
-    def device_peak(self) -> int | None:
-        gpu = self._device.type == "cuda"
-        return self._torch.cuda.max_memory_allocated() if gpu else None
 
 
 def serve(make: Callable[[], Any], work: Work, lines: Iterator[str]) -> None:

@@ -9,11 +9,12 @@ import time
 from typing import Any
 
 import numpy as np
+from devices import OnJax, OnTorch
 
 RATE, EMA = 1e-5, 0.999
 
 
-class Jaxsd:
+class Jaxsd(OnJax):
     def __init__(self, work: Any):
         import jax
         from latents import Latents
@@ -55,23 +56,14 @@ class Jaxsd:
         now = Now(self._jax.random.key(0), self._jax.numpy.int32(0))
         return 3 * count_flops(goal.loss, self._state.params, goal.aux, self._batch, now)
 
-    def device(self) -> str:
-        return self._jax.devices()[0].device_kind
 
-    def device_peak(self) -> int | None:
-        return (self._jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-class Diffusers:
+class Diffusers(OnTorch):
     def __init__(self, work: Any, compiled: bool):
         import torch
         from diffusers import UNet2DConditionModel
 
-        self._torch = torch
         self.imported = time.perf_counter()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self._device.type == "cpu":
-            torch.set_num_threads(work.threads)
+        super().__init__(torch, work.threads)
         unet = UNet2DConditionModel.from_pretrained(work.folder, subfolder="unet")
         unet.to(self._device, memory_format=torch.channels_last).train()
         if work.remat != "none":
@@ -115,14 +107,3 @@ class Diffusers:
 
     def once(self) -> np.ndarray:
         return self._step().detach().cpu().numpy()
-
-    def flops(self) -> None:
-        return None
-
-    def device(self) -> str:
-        gpu = self._device.type == "cuda"
-        return self._torch.cuda.get_device_name() if gpu else "cpu"
-
-    def device_peak(self) -> int | None:
-        gpu = self._device.type == "cuda"
-        return self._torch.cuda.max_memory_allocated() if gpu else None

@@ -51,14 +51,8 @@ class Pipeline(Networks):
 
         refiner, refiner_start: see `start`.
         """
-        request = dict(
-            prompts=prompts,
-            seeds=seeds,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-        )
-        started = self.start(**request, refiner=refiner, refiner_start=refiner_start, **options)
+        options |= {"refiner": refiner, "refiner_start": refiner_start}
+        started = self.start(prompts, seeds, steps, guidance_scale, negative_prompt, **options)
         return [pictures.to_pil(picture) for picture in pictures.to_uint8(np.asarray(started))]
 
     def start(

@@ -1,0 +1,37 @@
+"""The device that a side of `beside.py` works on, as its library knows it."""
+
+from typing import Any
+
+
+class OnJax:
+    """A subclass sets `_jax`."""
+
+    _jax: Any
+
+    def device(self) -> str:
+        return self._jax.devices()[0].device_kind
+
+    def device_peak(self) -> int | None:
+        """Bytes that were in use at most; None where the device does not tell."""
+        return (self._jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class OnTorch:
+    """On the GPU if there is one, else on CPU with so many threads."""
+
+    def __init__(self, torch: Any, threads: int):
+        self._torch = torch
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            torch.set_num_threads(threads)
+
+    def flops(self) -> None:
+        """Ours are counted."""
+
+    def device(self) -> str:
+        gpu = self._device.type == "cuda"
+        return self._torch.cuda.get_device_name() if gpu else "cpu"
+
+    def device_peak(self) -> int | None:
+        gpu = self._device.type == "cuda"
+        return self._torch.cuda.max_memory_allocated() if gpu else None

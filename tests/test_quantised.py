@@ -319,8 +319,8 @@ def test_what_the_base_lacks(small, tmp_path):
 
 
 def test_models_are_shipped(student, tmp_path, monkeypatch, capsys):
-    """docs/ship.py, with folders of its own."""
-    place = Path(hub.__file__).parents[1] / "docs" / "ship.py"
+    """experiments/ship.py, with folders of its own."""
+    place = Path(hub.__file__).parents[1] / "experiments" / "ship.py"
     spec = importlib.util.spec_from_file_location("ship", place)
     ship = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ship)

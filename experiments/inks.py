@@ -1,8 +1,8 @@
 """Digits in an ink that `digits` has never seen, to teach it, and who says which ink a stroke is.
 
 An ink has a colour for the upper half of a picture and one for the lower. The VAE has seen eight
-colours and loses most others, and speckles (`python docs/inks.py`): what it loses nobody can teach
-the UNet, so that lilac, which it keeps, is what is taught.
+colours and loses most others, and speckles (`python experiments/inks.py`): what it loses nobody can
+teach the UNet, so that lilac, which it keeps, is what is taught.
 
 The judge looks at the halves one by one, each as the evaluation looks at pictures
 (`digits.measure_colours`), and takes the nearest of the known inks, alike in both halves, and the

@@ -1,4 +1,4 @@
-"""Measures DDIM inversion on held-out digits and prints the table: `python docs/inversion.py`.
+"""Measures DDIM inversion on held-out digits: `python experiments/inversion.py` prints the table.
 
 Pictures of scans that no model was trained on go to noise and come back in so many steps each way.
 RMSE: between their latents and those that came back. PSNR: of the pictures decoded from these

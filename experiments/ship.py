@@ -1,7 +1,7 @@
 """Puts the models that the README's commands trained into the package.
 
-`python docs/ship.py` ships all of them from runs/, digits' two towers from runs/clip; with names
-(`digits-4step`) it leaves the others as they are. Cards stay as they are.
+`python experiments/ship.py` ships all of them from runs/, digits' two towers from runs/clip; with
+names (`digits-4step`) it leaves the others as they are. Cards stay as they are.
 """
 
 import sys

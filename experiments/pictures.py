@@ -1,4 +1,4 @@
-"""Draws the README's pictures from the models that ship: `python docs/pictures.py`."""
+"""Draws the README's pictures from the models that ship: `python experiments/pictures.py`."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from jaxsd.editing.inversion import reconstruct
 from jaxsd.editing.style import restyle
 from jaxsd.pictures import tile, to_uint8
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SCALES = (1.1, 3, 7, 14)
 PROMPT = "a red seven on a white background"
 # Rows of docs/distillation.md: the teacher, and students from the same noise

@@ -1,9 +1,9 @@
 """Measures Imagic beside SDEdit and DDIM inversion on a scripted TEdBench, and draws the curves.
 
-`python docs/editing.py` keeps each row in docs/editing.json as soon as it is measured, and what was
-drawn of each Imagic edit in .cache/editing, so that it goes on where it was stopped; `--minutes 5`
-stops it. `--only SDEdit Imagic` chooses methods; `--no-measure` prints and draws what is known.
-Needs matplotlib: `pip install -e ".[docs]"`.
+`python experiments/editing.py` keeps each row in experiments/editing.json as soon as it is
+measured, and what was drawn of each Imagic edit in .cache/editing, so that it goes on where it was
+stopped; `--minutes 5` stops it. `--only SDEdit Imagic` chooses methods; `--no-measure` prints and
+draws what is known. Needs matplotlib: `pip install -e ".[docs]"`.
 
 Held-out scans, three edits of each (`edits.py`), by the shipped `digits`, in each of the ways of
 `edit_methods.py`. Imagic's settings in `Design` were chosen on training scans (`--split train`,
@@ -31,7 +31,8 @@ from jaxsd.diffusion import jumps
 from jaxsd.evaluation.report import format_table
 from jaxsd.pictures import tile
 
-DOCS = Path(__file__).parent
+HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs" / "images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Options:
     split: str = "test"
     count: int = 100
     """Pictures, each edited in three ways; fewer are the first of them."""
-    results: Path = DOCS / "editing.json"
-    image: Path = DOCS / "images" / "editing.png"
-    examples: Path | None = DOCS / "images" / "imagic.png"
+    results: Path = HERE / "editing.json"
+    image: Path = IMAGES / "editing.png"
+    examples: Path | None = IMAGES / "imagic.png"
     """Some Imagic edits over eta, if they were drawn here."""
     cache: Path = Path(".cache/editing")
     minutes: float | None = None

@@ -1,4 +1,4 @@
-"""The plot of `docs/editing.py`: how often edits are right, against how far pictures are left."""
+"""The plot of `editing.py`: how often edits are right, against how far pictures are left."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""`docs/ablation.py`: trains and measures once, and says what has diverged."""
+"""`experiments/ablation.py`: trains and measures once, and says what has diverged."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ import tiny
 from jaxsd.errors import Diverged, JaxsdError
 from jaxsd.evaluation.drawing import Drawn
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "ablation.py"
+SCRIPT = Path(__file__).parent.parent / "experiments" / "ablation.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 """Teaches `digits` a letter or an ink from a few pictures, in each way there is, and measures it.
 
-`python docs/teaching.py letter` trains in runs/teaching and keeps each row in docs/teaching.json as
-soon as it is measured, so that it goes on where it was stopped; `--minutes 5` stops between two
-rows. `--only lora` chooses ways; `--no-measure` prints what is known. `ink` is the same for an ink.
-What each concept looks like, how it is asked for and who recognises it: `concepts.py`.
+`python experiments/teaching.py letter` trains in runs/teaching and keeps each row in
+experiments/teaching.json as soon as it is measured, so that it goes on where it was stopped;
+`--minutes 5` stops between two rows. `--only lora` chooses ways; `--no-measure` prints what is
+known. `ink` is the same for an ink. What each concept looks like, how it is asked for and who
+recognises it: `concepts.py`.
 
 What is asked of each model, always by 10 steps of DDIM at guidance 3:
 
@@ -35,8 +36,9 @@ from jaxsd.evaluation.drawing import Sampling
 from jaxsd.pictures import tile
 from jaxsd.pipeline import Pipeline
 
-DOCS = Path(__file__).parent
-ROOT = DOCS.parent
+HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs" / "images"
+ROOT = HERE.parent
 BEFORE = "before"
 
 
@@ -77,8 +79,8 @@ class Options:
     """Of the trainings and of the sampler; the taught pictures stay."""
     model: str = "digits"
     runs: Path = Path("runs/teaching")
-    results: Path = DOCS / "teaching.json"
-    image: Path = DOCS / "images" / "teaching.png"
+    results: Path = HERE / "teaching.json"
+    image: Path = IMAGES / "teaching.png"
     minutes: float | None = None
     """Stop between two rows after so long; what is done is kept."""
     measure: bool = True
@@ -94,8 +96,8 @@ INK = Options(
     name="lilac",
     design=Design(inversion_rate=5e-2),
     runs=Path("runs/teaching-ink"),
-    results=DOCS / "teaching-ink.json",
-    image=DOCS / "images" / "teaching-ink.png",
+    results=HERE / "teaching-ink.json",
+    image=IMAGES / "teaching-ink.png",
 )
 
 

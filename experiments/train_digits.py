@@ -1,7 +1,7 @@
 """Trains the models that ship, from nothing, as the README's table says: one command for all.
 
-`python docs/train_digits.py` runs the stages below one after the other, each a `train.py` of its
-own, in runs/. Killed and started again it goes on where it was: an ended stage only says so.
+`python experiments/train_digits.py` runs the stages below one after the other, each a `train.py` of
+its own, in runs/. Killed and started again it goes on where it was: an ended stage only says so.
 `--fake-devices 8 --fsdp 4` splits batches and parameters over eight pretended devices, as a pod
 would. `--stages vae clip-a clip latents digits` are those of `digits` alone.
 """

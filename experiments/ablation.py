@@ -1,9 +1,10 @@
 """Reproduces in small the order of what Salimans & Ho 2022 (2202.00512) found of distillation.
 
-`python docs/ablation.py` trains and measures, keeps what it has in runs/ablation and in
-docs/ablation.json, so that it goes on where it was stopped, and prints the tables.
-`--design.beta-schedule linear --results docs/ablation-linear.json` does it on the schedule of Ho et
-al. 2020. All was fixed before any result was seen; no choice was made on the held-out scans:
+`python experiments/ablation.py` trains and measures, keeps what it has in runs/ablation and in
+experiments/ablation.json, so that it goes on where it was stopped, and prints the tables.
+`--design.beta-schedule linear --results experiments/ablation-linear.json` does it on the schedule
+of Ho et al. 2020. All was fixed before any result was seen; no choice was made on the held-out
+scans:
 
 - Data: the 1347 real scans that are for training; judged against the 450 that are held out.
 - Teachers, three seeds each: a class-conditional UNet of one resolution, 20 channels wide, trained

@@ -1,4 +1,4 @@
-"""The ways to edit that `docs/editing.py` compares, each over what leads away from a picture.
+"""The ways to edit that `editing.py` compares, each over what leads away from a picture.
 
 - SDEdit (2108.01073): image-to-image with the target prompt, over the strength.
 - DDIM inversion (2010.02502): a share of the way to noise, without guidance, where it is

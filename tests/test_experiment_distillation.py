@@ -1,4 +1,4 @@
-"""`docs/distillation.py`: measures once, knows what is stale, and draws what it knows."""
+"""`experiments/distillation.py`: measures once, knows what is stale, and draws what it knows."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "distillation.py"
+SCRIPT = Path(__file__).parent.parent / "experiments" / "distillation.py"
 
 
 @pytest.fixture

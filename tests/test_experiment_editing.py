@@ -1,4 +1,4 @@
-"""`docs/editing.py`: what edits are worth, what curves say, and the measurement from end to end."""
+"""`editing.py`: what edits are worth, what curves say, and the measurement from end to end."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ from PIL import Image
 
 from jaxsd.data import digits
 
-sys.path.append(str(Path(__file__).parent.parent / "docs"))
+sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 edits, tradeoff = importlib.import_module("edits"), importlib.import_module("tradeoff")
 
 

@@ -1,10 +1,10 @@
 """Measures few-step students beside their teachers, prints the tables and draws the plot.
 
-`python docs/distillation.py` keeps each row in docs/distillation.json as soon as it is measured, so
-that it goes on where it was stopped; a row whose model has other weights now is measured again.
-`--only pixel`, `--only text`, or names of models choose rows: the tables show all there are.
-`--no-measure` prints and draws what is known; `--retime` takes all times anew, for a machine that
-does nothing else. Needs matplotlib: `pip install -e ".[docs]"`.
+`python experiments/distillation.py` keeps each row in experiments/distillation.json as soon as it
+is measured, so that it goes on where it was stopped; a row whose model has other weights now is
+measured again. `--only pixel`, `--only text`, or names of models choose rows: the tables show all
+there are. `--no-measure` prints and draws what is known; `--retime` takes all times anew, for a
+machine that does nothing else. Needs matplotlib: `pip install -e ".[docs]"`.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ from jaxsd.evaluation.drawing import Sampling
 from jaxsd.evaluation.same_noise import Teacher, load_teacher
 from jaxsd.weights import read_json, write_json
 
-DOCS = Path(__file__).parent
+HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs" / "images"
 # In the folder of the runs where training leaves it; by its name alone once it ships.
 STUDENTS = {name: row.source for name, row in SHIPPED.items() if row.base}
 FLOOR = "real train (floor)"
@@ -51,8 +52,8 @@ class Options:
     """pixel, text, or names of models; by default everything."""
     runs: Path | None = None
     """The folder of the runs that left the students; by default those that ship."""
-    results: Path = DOCS / "distillation.json"
-    image: Path = DOCS / "images" / "distillation.png"
+    results: Path = HERE / "distillation.json"
+    image: Path = IMAGES / "distillation.png"
     cache: Path = Path(".cache/distillation")
     """Keeps what the teacher drew."""
     pixel_count: int = 2000

@@ -1,4 +1,4 @@
-"""The plot of `docs/distillation.py`: quality against steps, a panel for each kind of model."""
+"""The plot of `distillation.py`: quality against steps, a panel for each kind of model."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxsd.pictures import to_uint8
@@ -22,7 +21,7 @@ def show(
     titles: Sequence[str] | None = None,
     columns: int | None = None,
     scale: int = 3,
-) -> Figure:
+) -> None:
     """Draws pictures of one size in rows, each pixel as `scale` x `scale` of the screen's.
 
     pictures: PIL images, uint8 arrays, or floats in [-1, 1] (what lies beyond is cut), [h, w],
@@ -51,7 +50,6 @@ def show(
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="0.8", linewidth=0.5)  # where a picture's edge is white, too
         axes.set_title(text, fontsize=TITLE_POINTS, pad=2)
-    return figure
 
 
 def _pixels(picture: Image.Image | np.ndarray) -> np.ndarray:

@@ -317,8 +317,8 @@ show(jnp.concatenate(rows), columns=10, scale=8)
 # The line with `guess_eps` is easily got wrong. Guidance leads beyond $[-1, 1]$, the picture is
 # cut there, and the noise must be worked out anew from what was cut. `ddim` keeps the noise as it
 # was predicted, as diffusers' `DDIMScheduler` does unless told `use_clipped_model_output`. That
-# noise goes with a picture of three times the contrast, and what is too much of it in there
-# counts against the digit: the same at guidance 3.
+# noise goes with a picture of far more contrast, and what is too much of it in there counts
+# against the digit: the same at guidance 3.
 
 # %%
 cut = pipe.denoise(noise, every, nothing, steps=STEPS, guidance_scale=SCALE, sampler="ddim")

@@ -97,8 +97,8 @@ show(
 )
 
 # %% [markdown]
-# At 1.1 the pictures follow the prompt as closely as the captions of the training did, and vary
-# most. The higher the scale the plainer they get; at 14 colours are overdriven.
+# At 1.1 it is nearly the network as it was trained. The higher the scale the plainer the
+# pictures; at 14 their colours are overdriven.
 #
 # ## What it should not be
 #
@@ -231,7 +231,7 @@ assert set(strokes) == {"yellow"} and set(backgrounds) == {"purple"}
 # \lambda\, \ell(\text{the model's own digits},\ \text{"a digit"}).
 # $$
 #
-# Some minutes of training, so no cell here, but one command:
+# That takes a minute or more, so there is no cell here, but one command:
 #
 # ```
 # python train.py dreambooth --model digits --instance-data letters/ --workdir sks \
@@ -286,10 +286,10 @@ mask = (np.arange(ids.shape[1]) <= ends[:, None]).astype(int)
 print("attention mask:", mask[0, :12], "...", mask.sum(), "of", mask.size)
 
 # %% [markdown]
-# The *attention mask* says which of them are the prompt. Stable Diffusion reads past it: the text
-# encoder gets all 77 ids, and the UNet listens to all 77 of its answers, padding included. It
-# can, because the encoder is causal: what it says at one place depends on what stands before, so
-# padding changes nothing about the words.
+# The *attention mask* says which of them are the prompt. Stable Diffusion does not use it: the
+# text encoder gets all 77 ids, and the UNet listens to all 77 of its answers, padding included.
+# It can, because the encoder is causal: what it says at one place depends on what stands before,
+# so padding changes nothing about the words.
 
 # %%
 cond, uncond = pipe.encode([PROMPT]), pipe.encode([""])

@@ -106,6 +106,8 @@ ALLOWED = {
     ),
     "tasks": ("denoising", "diffusion", "errors", "networks", "pictures"),
     "previews": ("components", "errors", "networks", "pictures"),
+    "terminal": ("pictures",),
+    "watching": ("errors", "networks", "pictures", "previews", "terminal"),
     "pipeline": (
         "components",
         "conditioning",

@@ -269,6 +269,19 @@ def test_one_that_diverged(tmp_path):
     assert len(page.of("svg")) == 1 and "nan" not in page.source and "inf" not in page.source
 
 
+def test_what_cannot_be_read_is_passed_over(tmp_path):
+    lines = ["[1]", "null", "{}", '{"step": null}', '{"step": 1e999}', '{"step": "two"}', "\0"]
+    lines += [f'{{"step": 1, "loss": {"9" * 400}}}', '{"step": 3, "loss": 2.0, "odd": [1]}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    (tmp_path / "environment.json").write_text('{"starts": [3, {"step": true, "command": "x"}]}')
+    (tmp_path / "stages.json").write_text('{"stages": {"a": 1}}')
+    with open(tmp_path / "config.json", "w") as file:
+        file.write('{"recipe": "\\ud800", "steps": 7}')
+    run_report.write(tmp_path)
+    page = Page(tmp_path)
+    assert "? · step 3 of 7" in page.sections[""] and len(page.of("svg")) == 2
+
+
 def test_a_long_run_is_a_small_page_without_a_spike_lost(tmp_path):
     rng = np.random.default_rng(0)
     losses = np.exp(-np.arange(1, 20_001) / 5000) + 0.01 * rng.random(20_000)

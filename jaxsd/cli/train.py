@@ -69,14 +69,14 @@ def _train(recipe: Common, top: Path, stages: list[Common]) -> None:
 
     config, one_of_several = _config(recipe), len(stages) > 1
     training.check_workdir(recipe.workdir, config, recipe)  # building writes into it
-    if one_of_several and recipe.report:
-        folders = [stage.workdir for stage in stages]
-        processes.first(lambda: run_report.write_stages(top, folders))
     last = recipe.workdir / "model" / recipe.made
     if not (one_of_several and processes.first(last.is_file)):
         recipe.prepare()
         objective, make_batches = _build(recipe)
         told = recipe.evaluators(objective)
+        if one_of_several and recipe.report:
+            folders = [stage.workdir for stage in stages]
+            processes.first(lambda: run_report.write_stages(top, folders))
         training.train(objective, make_batches, recipe, recipe.workdir, config, evaluators=told)
     if processes.is_first():
         print(f"{recipe.workdir / 'model'}", flush=True)

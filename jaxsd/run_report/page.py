@@ -28,7 +28,7 @@ def write(workdir: Path) -> Path:
     workdir = Path(os.path.abspath(workdir))  # so that "." has a name
     run = read_run(workdir)
     with replacing(workdir / FILE) as temporary:
-        temporary.write_text(page(run), encoding="utf-8")
+        temporary.write_bytes(page(run).encode("utf-8", "replace"))  # JSON may hold half characters
     if workdir.name in read_stages(workdir.parent):
         write(workdir.parent)
     return workdir / FILE

@@ -107,11 +107,11 @@ def _rows(file: Path) -> list[Row]:
     for line in lines:
         try:
             values = json.loads(line)
-            step = int(values["step"])
-        except (ValueError, KeyError, TypeError):  # cut off by a kill
-            continue
-        numbers = {n: v for n, v in values.items() if v is None or isinstance(v, int | float)}
-        rows[step] = {n: math.nan if v is None else float(v) for n, v in numbers.items()}
+            numbers = {n: v for n, v in values.items() if v is None or isinstance(v, int | float)}
+            row = {n: math.nan if v is None else float(v) for n, v in numbers.items()}
+            rows[int(row["step"])] = row
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            continue  # cut off by a kill
     return [rows[step] for step in sorted(rows)]
 
 

@@ -53,9 +53,12 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 3px 12px 3px 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--rule); font-weight: 400; }
 th { color: var(--soft); white-space: nowrap; }
-td { white-space: nowrap; } .pairs td { white-space: normal; }
+td { white-space: nowrap; }
 td.best { font-weight: 600; background: var(--good); }
-.pairs td { overflow-wrap: anywhere; }
+dl { margin: 0; columns: 300px; column-gap: 36px; font-size: 14px; }
+dl div { display: flex; justify-content: space-between; gap: 16px; break-inside: avoid;
+  border-bottom: 1px solid var(--rule); padding: 3px 0; }
+dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--page); padding: 10px 12px; border-radius: 6px;
   font-size: 13px; }
 """

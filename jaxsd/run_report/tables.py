@@ -65,12 +65,12 @@ def _cell(row: Row, name: str, best: set[int]) -> str:
 
 
 def pairs(values: Iterable[tuple[str, Any]]) -> str:
-    """A table of names and values, as JSON where they are no text."""
+    """Names and values, as JSON where they are no text."""
     lines = []
     for name, value in values:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        lines.append(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>")
-    return f'<div class="wide"><table class="pairs">{"".join(lines)}</table></div>'
+        lines.append(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>")
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 def environment(run: Run) -> str:

@@ -272,6 +272,14 @@ def test_what_was_typed_ahead_is_not_eaten():
         assert "found None" in said and "\x1b[c" not in said
 
 
+def test_a_terminal_that_was_stopped_is_not_waited_for():
+    """As by Ctrl-S."""
+    after = DETECT.replace("assert", "termios.tcflow(0, termios.TCOON); assert")
+    with Session("termios.tcflow(0, termios.TCOOFF)" + after) as session:
+        said = session.until(".\r\n", 10.0)
+        assert "found None" in said and "\x1b[c" not in said
+
+
 def test_a_job_in_the_background_is_not_stopped():
     code = f"""
 import subprocess

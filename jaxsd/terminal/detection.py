@@ -78,7 +78,8 @@ def _attributes(patience: float = PATIENCE) -> list[bytes]:
     except ImportError:  # Windows
         return []
     try:
-        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        # Of its own, and not to be waited for where somebody has stopped the output (Ctrl-S)
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return []
     try:

@@ -106,6 +106,9 @@ ALLOWED = {
     ),
     "tasks": ("denoising", "diffusion", "errors", "networks", "pictures"),
     "previews": ("components", "errors", "networks", "pictures"),
+    "terminal": ("pictures",),
+    "run_report": ("errors", "pictures", "weights.files"),
+    "watching": ("errors", "networks", "pictures", "previews", "terminal"),
     "pipeline": (
         "components",
         "conditioning",

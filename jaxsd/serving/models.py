@@ -168,6 +168,8 @@ class Served:
         for param, text in {"prompt": prompt, "negative_prompt": negative_prompt}.items():
             if not text:
                 continue
+            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise Refused(f"{param} is not Unicode text", param)
             if len(text) > (most := self.limits.prompt_length):
                 raise Refused(f"{param} has {len(text)} characters; {most} are the most", param)
             if not self.pipe.tokenizers:

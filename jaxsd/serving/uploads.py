@@ -6,10 +6,9 @@ import io
 
 from PIL import Image
 
+from jaxsd.data.images import KINDS
 from jaxsd.pictures import as_seen
 from jaxsd.serving.limits import Limits, Refused, TooLarge
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # what people have; fewer decoders to trust
 
 
 def read(data: bytes, limits: Limits, param: str = "image") -> Image.Image:
@@ -17,7 +16,7 @@ def read(data: bytes, limits: Limits, param: str = "image") -> Image.Image:
     if len(data) > limits.upload_bytes:
         raise TooLarge(f"{param} has {len(data)} bytes; {limits.upload_bytes} are the most", param)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(data), formats=KINDS) as opened:
             pixels = opened.width * opened.height
             if pixels <= limits.upload_pixels:
                 return as_seen(opened)
@@ -25,7 +24,7 @@ def read(data: bytes, limits: Limits, param: str = "image") -> Image.Image:
         kind = type(error).__name__
         if not kind.startswith("DecompressionBomb"):
             raise Refused(
-                f"{param} cannot be read: it must be a whole picture, {', '.join(FORMATS)}", param
+                f"{param} cannot be read: it must be a whole picture, {', '.join(KINDS)}", param
             ) from None
         raise TooLarge(_too_many(param, "far too many", limits), param) from None
     raise TooLarge(_too_many(param, f"{opened.width}x{opened.height}", limits), param)

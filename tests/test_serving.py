@@ -1,4 +1,4 @@
-"""The worker that draws for several people at once, and a model as it is served, without a server."""
+"""The worker that draws for several people at once, and a model as it is served: no server yet."""
 
 import threading
 from concurrent.futures import wait

@@ -209,7 +209,7 @@ CUT = base64.b64encode(base64.b64decode(encoded(scan()))[:-400]).decode()
         ({"n": "two"}, 400, "n", 'n must be integer, not "two"'),
         ({"n": True}, 400, "n", "n must be integer, not true"),
         ({"size": "1024x1024"}, 400, "size", "digits draws 32x32 here, not 1024x1024"),
-        ({"size": "large"}, 400, "size", 'size must be WIDTHxHEIGHT or auto, not "large"'),
+        ({"size": "large"}, 400, "size", 'size must be WIDTHxHEIGHT, such as 512x512, not "large"'),
         ({"size": "9" * 50}, 400, "size", "size must be WIDTHxHEIGHT"),
         ({"response_format": "jpeg"}, 400, "response_format", "'b64_json' or 'url'"),
         ({"stream": True}, 400, "stream", "stream must be False, not true"),

@@ -148,14 +148,13 @@ class Endpoint:
         for param, text in shown.items():
             if text is not None:
                 async with self._decoding:
-                    asked[param] = await asyncio.to_thread(
-                        uploads.read_base64, text, limits, param
-                    )
+                    asked[param] = await asyncio.to_thread(uploads.read_base64, text, limits, param)
         asked |= {
             name: getattr(body, name)
             for name in ("negative_prompt", "steps", "guidance_scale", "sampler", "strength")
         }
-        asked |= {"seed": seed, "size": schema.parse_size(body.size)}
+        size = None if body.size in (None, "auto") else schema.parse_size(body.size)
+        asked |= {"seed": seed, "size": size}
         first = await asyncio.to_thread(model.request, body.prompt, **asked)
         if seed + count > SEEDS:
             raise Refused(f"{count} pictures take seeds from {seed} on, and {SEEDS - 1} is the "

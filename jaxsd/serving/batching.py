@@ -35,7 +35,7 @@ class Model(Protocol):
         """The steps after which a picture is shown on the way."""
         ...
 
-    def preview(self, latents: Any) -> np.ndarray:
+    def preview(self, latents: Any, /) -> np.ndarray:
         """What they look like: uint8 [batch_size, h, w, c]."""
         ...
 

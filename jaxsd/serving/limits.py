@@ -1,4 +1,4 @@
-"""How much one request, and all of them together, may ask for; and how it is said to be too much."""
+"""How much a request, and all of them together, may ask for; what says that it is too much."""
 
 import dataclasses
 

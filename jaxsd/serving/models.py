@@ -154,7 +154,7 @@ class Served:
     def _fitting(
         self, picture: Image.Image | None, size: tuple[int, int], mask: bool = False
     ) -> Image.Image | None:
-        """What the pipeline would make of a picture, now: a queue of large ones fills the memory."""
+        """What the pipeline would make of it, now: a queue of large pictures fills the memory."""
         if picture is None:
             return None
         grey = mask or (self.pipe.vae is None and self.pipe.latent_channels == 1)

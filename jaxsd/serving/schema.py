@@ -39,9 +39,9 @@ def parse(data: bytes) -> Body:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        raise Refused("the body must be JSON, such as {\"prompt\": \"a red seven\"}") from None
+        raise Refused('the body must be JSON, such as {"prompt": "a red seven"}') from None
     if not isinstance(value, dict):
-        raise Refused("the body must be a JSON object, such as {\"prompt\": \"a red seven\"}")
+        raise Refused('the body must be a JSON object, such as {"prompt": "a red seven"}')
     try:
         return Body.model_validate(value)
     except ValidationError as error:
@@ -63,12 +63,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(width, height); None for the model's own."""
-    if text is None or text == "auto":
-        return None
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of "512x768"."""
     width, cross, height = text.partition("x")
     sides = [side for side in (width, height) if side.isascii() and side.isdigit()]
     if not cross or len(sides) < 2 or max(map(len, sides)) > 6:
-        raise Refused(f"size must be WIDTHxHEIGHT or auto, not {_short(text)}", "size")
+        raise Refused(f"size must be WIDTHxHEIGHT, such as 512x512, not {_short(text)}", "size")
     return int(width), int(height)

@@ -58,8 +58,10 @@ class Service:
                 pictures = [asyncio.wrap_future(job.picture) for job in jobs]
                 return await asyncio.gather(*pictures)
         except TimeoutError:
-            raise Late(f"the pictures were not there in {self.limits.timeout:g} s: there is much "
-                       "to do, or they take that long")  # fmt: skip
+            raise Late(
+                f"the pictures were not there in {self.limits.timeout:g} s: there is much to do, "
+                "or they take that long"
+            ) from None
         finally:
             for job in jobs:
                 job.picture.cancel()

@@ -1,7 +1,6 @@
 """`jaxsd serve`: a page, and an endpoint as OpenAI's clients call it."""
 
 import dataclasses
-from pathlib import Path
 
 import tyro
 
@@ -60,19 +59,19 @@ def main(argv: list[str] | None = None) -> None:
         timeout=options.timeout,
     )
     sizes = [schema.parse_size(text) for text in options.size]
-    bound = server.listen(options.host, options.port)
-    first = models.Served(
-        Path(options.model).name if Path(options.model).exists() else options.model,
-        options.load(options.model),
-        limits,
-        sizes=sizes,
-        batch_size=options.batch_size,
-        shortcuts=options.shortcuts,
-        preview_with=options.preview_with,
-    )
-    beside = options.beside or (() if options.alone else models.students_of(options.model))
-    others = models.load_beside(beside, first, **options.reading())
-    server.serve([first, *others], limits, bound, lambda line: print(line, flush=True))
+    with server.listen(options.host, options.port) as bound:
+        first = models.Served(
+            models.served_name(options.model),
+            options.load(options.model),
+            limits,
+            sizes=sizes,
+            batch_size=options.batch_size,
+            shortcuts=options.shortcuts,
+            preview_with=options.preview_with,
+        )
+        beside = options.beside or (() if options.alone else models.students_of(options.model))
+        others = models.load_beside(beside, first, **options.reading())
+        server.serve([first, *others], limits, bound, lambda line: print(line, flush=True))
 
 
 def _check(options: Options) -> None:
@@ -80,6 +79,8 @@ def _check(options: Options) -> None:
     for name in ("batch_size", "max_steps", "max_images", "max_waiting"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise JaxsdError(f"{name} must be at least 1, not {value}")
+    if not 0 <= options.port <= 65535:
+        raise JaxsdError(f"port must be from 0 (any that is free) to 65535, not {options.port}")
     if options.timeout <= 0:
         raise JaxsdError(f"timeout must be above 0, not {options.timeout:g}")
     if options.controlnet:

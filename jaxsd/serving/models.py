@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -276,11 +277,21 @@ def students_of(model: str) -> list[str]:
 
 
 def load_beside(names: Sequence[str], first: Served, **reading: Any) -> list[Served]:
-    """The models to draw with beside the first: at its sizes, as many pictures at a time."""
-    return [
-        Served(
-            name, load(name, **reading), first.limits, sizes=first.sizes,
-            batch_size=first.batch_size,
-        )
-        for name in names
-    ]  # fmt: skip
+    """The models to draw with beside the first: at its sizes, as many pictures at a time.
+
+    JaxsdError for one whose pictures are of another size.
+    """
+    found = []
+    for name in names:
+        pipe = load(name, **reading)
+        if pipe.default_size != first.pipe.default_size:
+            own, other = ("{}x{}".format(*m.default_size[::-1]) for m in (pipe, first.pipe))
+            raise JaxsdError(f"{name} draws {own} and {first.name} {other}: not one beside another")
+        sizes = {"sizes": first.sizes, "batch_size": first.batch_size}
+        found.append(Served(served_name(name), pipe, first.limits, **sizes))
+    return found
+
+
+def served_name(model: str) -> str:
+    """What clients call a model: where it is on this machine is not theirs to know."""
+    return Path(model).name if Path(model).exists() else model

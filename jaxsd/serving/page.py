@@ -27,14 +27,13 @@ logger = logging.getLogger(__name__)
 ALONE = "nothing"
 CSS = Path(__file__).with_name("page.css")
 FONTS = ["system-ui", "sans-serif"]  # those of the reader's machine: none is fetched
+BEAT = 1.0  # seconds: Gradio sees that a reader has gone when something is yielded
 KEPT = 600  # seconds that an upload stays in Gradio's temporary folder
 
 
 def mount(app: FastAPI, service: Service) -> FastAPI:
     """The application with the page at its root."""
-    theme = Default(
-        primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "monospace"]
-    ).set(
+    theme = Default(primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "monospace"]).set(
         body_text_color_subdued="*neutral_500",  # what it has else is hard to read on white
         block_info_text_color="*neutral_500",
         block_info_text_color_dark="*neutral_400",
@@ -70,7 +69,7 @@ def make_page(service: Service) -> gr.Blocks:
         inputs = {"prompt": prompt} | settings
         names = [*inputs]
 
-        async def run(*values: Any) -> AsyncIterator[str]:
+        async def run(*values: Any) -> AsyncIterator[Any]:
             async for seen in follow(service, dict(zip(names, values, strict=True))):
                 yield seen
 
@@ -193,8 +192,11 @@ def _upload(label: str, name: str) -> gr.Image:
     return picture
 
 
-async def follow(service: Service, form: dict[str, Any]) -> AsyncIterator[str]:
-    """What the page shows, again whenever something is new, until all pictures are there."""
+async def follow(service: Service, form: dict[str, Any]) -> AsyncIterator[Any]:
+    """What the page shows, again whenever something is new, until all pictures are there.
+
+    Where nothing is new for a while, Gradio's word for it.
+    """
     models = [service.first]
     if (other := form.pop("beside", ALONE)) != ALONE:
         models.append(service.model(other))
@@ -214,7 +216,12 @@ async def follow(service: Service, form: dict[str, Any]) -> AsyncIterator[str]:
     ]
     try:
         while not all(task.done() for task in tasks):
-            await changed.wait()
+            try:
+                async with asyncio.timeout(BEAT):
+                    await changed.wait()
+            except TimeoutError:
+                yield gr.skip()
+                continue
             changed.clear()
             yield together(panels)
         yield together(panels)

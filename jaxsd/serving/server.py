@@ -1,6 +1,7 @@
 """One port for the endpoint and the page, from the first compiled program to a clean end."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 import sys
@@ -22,13 +23,17 @@ CLOSING = 2  # seconds for answers to be read, and open pages to be told, at the
 class Server(uvicorn.Server):
     """Told to stop, it answers what is being drawn, refuses what waits, and closes."""
 
-    def __init__(self, service: Service):
-        self._service = service
+    def __init__(self, service: Service, ready: Callable[[], None] = lambda: None):
+        self._service, self._ready = service, ready
         app = page.mount(make_app(service), service)
         config = uvicorn.Config(
             app, log_level="warning", timeout_graceful_shutdown=CLOSING, server_header=False
         )
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()  # only now a client is let in
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await asyncio.to_thread(self._service.worker.stop)
@@ -37,16 +42,18 @@ class Server(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound, so that a port in use is known before a model is loaded."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except (OSError, OverflowError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise JaxsdError(f"cannot listen on {host} port {port}: {said}") from None
+    with contextlib.ExitStack() as undo:
+        try:
+            family, kind, _, _, place = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            bound = undo.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(place)
+        except OSError as error:
+            said = error.strerror or error
+            raise JaxsdError(f"cannot listen on {host} port {port}: {said}") from None
+        undo.pop_all()
     return bound
 
 
@@ -64,8 +71,8 @@ def serve(
         say(f"{model.name}: compiling for {model.batch_size} pictures at a time")
         model.warm_up(pictures=model is models[0])
     service = Service({model.name: model for model in models}, Worker(limits.waiting), limits)
-    say(f"{address(bound)} (Ctrl-C ends it)")
+    ready = f"{address(bound)} (Ctrl-C ends it)"
     try:
-        Server(service).run([bound])
+        Server(service, lambda: say(ready)).run([bound])
     except KeyboardInterrupt:
         return

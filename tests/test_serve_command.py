@@ -1,17 +1,24 @@
 """`jaxsd serve` from its start to its end."""
 
+import dataclasses
+import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
+import tyro
 from test_cli import cache, call  # noqa: F401
 
-from jaxsd.serving import server
+from jaxsd.cli import serve
+from jaxsd.serving import schema, server
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,30 @@ run_command("serve", [])
     assert done.stderr == 'error: serve needs Gradio: pip install "jaxsd[serve]"\n'
 
 
+SHOWN = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_page_in_the_docs_are_understood(capsys, monkeypatch):
+    lines = [line for line in SHOWN.splitlines() if line.startswith("jaxsd serve")]
+    assert len(lines) == 4
+    for line in lines:
+        options = tyro.cli(serve.Options, args=shlex.split(line)[2:])
+        assert options.host == "127.0.0.1"
+    options = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(serve.Options)}
+    assert set(re.findall(r"`(--[a-z-]+)", SHOWN)) <= options
+
+
+def test_the_requests_of_the_page_in_the_docs_are_understood():
+    (body,) = re.findall(r"-d '(.*)'", SHOWN)
+    assert schema.parse(body.encode()).n == 2
+    (sent,) = re.findall(r"images\.generate(\(.*?\n\))", SHOWN, re.DOTALL)
+    said = eval(f"dict{sent}")
+    assert schema.parse(json.dumps(said | said.pop("extra_body")).encode()).seed == 3
+    fields = {name for row in re.findall(r"^\| (`.*?`) \|", SHOWN, re.M)
+              for name in re.findall(r"`(\w+)`", row)}  # fmt: skip
+    assert fields == set(schema.Body.model_fields)
+
+
 def test_it_listens_on_this_machine_alone():
     with server.listen("127.0.0.1", 0) as bound:
         assert server.address(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -72,7 +103,7 @@ def test_it_listens_on_this_machine_alone():
 def test_the_end_answers_what_is_being_drawn(sign):
     command = [sys.executable, "-m", "jaxsd", "serve", "--alone", "--port", "0", "--max-steps"]
     started = subprocess.Popen(
-        [*command, "1000", "--batch-size", "1"],
+        [*command, "300", "--batch-size", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -90,7 +121,7 @@ def test_the_end_answers_what_is_being_drawn(sign):
                 return client.post("/v1/images/generations", json=body)
 
             assert "gradio" in client.get("/").text  # the page
-            running = pool.submit(ask, 1000)
+            running = pool.submit(ask, 300)
             while client.get("/health").json()["waiting"]:
                 pass
             waiting = pool.submit(ask, 2)

@@ -243,6 +243,7 @@ def test_uploads_that_are_refused(page, data, said):
     assert said in page.sentence()
 
 
+@pytest.mark.slow
 def test_ten_pages_at_once_lose_nothing(browser, site, service):
     pages = [Page(browser, site) for _ in range(10)]
     for i, one in enumerate(pages):

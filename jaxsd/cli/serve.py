@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             preview_with=options.preview_with,
         )
         beside = options.beside or (() if options.alone else models.students_of(options.model))
-        others = models.load_beside(beside, first, **options.reading())
+        others = models.load_beside(beside, first, options.reading()["dtype"])
         server.serve([first, *others], limits, bound, lambda line: print(line, flush=True))
 
 

@@ -276,14 +276,14 @@ def students_of(model: str) -> list[str]:
     return [name for name, index in indices.items() if index.get(hub.BASE) == model]
 
 
-def load_beside(names: Sequence[str], first: Served, **reading: Any) -> list[Served]:
+def load_beside(names: Sequence[str], first: Served, dtype: Any) -> list[Served]:
     """The models to draw with beside the first: at its sizes, as many pictures at a time.
 
     JaxsdError for one whose pictures are of another size.
     """
     found = []
     for name in names:
-        pipe = load(name, **reading)
+        pipe = load(name, dtype)
         if pipe.default_size != first.pipe.default_size:
             own, other = ("{}x{}".format(*m.default_size[::-1]) for m in (pipe, first.pipe))
             raise JaxsdError(f"{name} draws {own} and {first.name} {other}: not one beside another")

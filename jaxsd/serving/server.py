@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import uvicorn
@@ -36,7 +37,10 @@ class Server(uvicorn.Server):
         self._ready()  # only now a client is let in
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(self._service.worker.stop)
+        stopping = threading.Thread(target=self._service.worker.stop, daemon=True)
+        stopping.start()
+        while stopping.is_alive() and not self.force_exit:  # by a second Ctrl-C
+            await asyncio.sleep(0.05)
         await super().shutdown(sockets)
 
 

@@ -5,8 +5,10 @@ from concurrent.futures import wait
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from test_pipeline import compilations
+from test_tasks import make
 
 import jaxsd
 from jaxsd.errors import JaxsdError
@@ -137,6 +139,15 @@ def test_pictures_on_the_way_go_to_those_who_asked(toy, worker):
     toy.gate.set()
     looking.picture.result(10)
     assert seen == [(1, 2, 10), (2, 2, 11)]
+
+
+def test_who_cannot_look_costs_nobody_a_picture(toy, worker):
+    held(toy, worker)
+    jobs = worker.submit(toy, [("a", 1)], lambda *frame: 1 // 0)
+    jobs += worker.submit(toy, [("a", 2)])
+    toy.gate.set()
+    assert [int(job.picture.result(10)[0, 0, 0]) for job in jobs] == [1, 2]
+    assert toy.batches[1:] == [[("a", 1), ("a", 2)]]
 
 
 def test_one_that_fails_takes_nobody_with_it(toy, worker):
@@ -326,6 +337,26 @@ def test_a_student_refuses_what_it_cannot_do(student):
     assert caught.value.param == "negative_prompt"
     with pytest.raises(Refused, match="digits-4step was distilled for guidance scales from 1 to 9"):
         student.request("seven", guidance_scale=12.0)
+
+
+def test_models_that_edit_are_served_with_what_they_want(tmp_path):
+    words = tiny.tokenizer(tmp_path / "tokenizer")
+    instruct = Served("instruct", make(words, in_channels=8), batch_size=2)
+    inpaint = Served("inpaint", make(words, in_channels=9), batch_size=2)
+    for served, form in (
+        (instruct, {"image": scan()}),
+        (inpaint, {"image": scan(), "mask": mask()}),
+    ):
+        served.warm_up()
+        request = served.request("red", seed=1, steps=4, guidance_scale=3.0, **form)
+        height, width = served.pipe.default_size
+        asked = dict(steps=4, guidance_scale=3.0, **form)
+        alone = lone(served, "red", 1, height, width, **asked)
+        np.testing.assert_array_equal(served.draw([request])[0], alone)
+        with pytest.raises(Refused, match="this model edits pictures: give it a picture") as caught:
+            served.request("red")
+        assert caught.value.param == "image"
+    assert not instruct.takes_strength and inpaint.takes_strength
 
 
 def test_classes_are_checked_before_they_wait(pixels):

@@ -16,6 +16,7 @@ import jaxsd
 from jaxsd.serving.batching import Worker
 from jaxsd.serving.limits import Limits
 from jaxsd.serving.models import Served
+from jaxsd.serving.page import made_for
 from jaxsd.serving.panels import escape
 from jaxsd.serving.server import Server, address, listen
 from jaxsd.serving.service import Service
@@ -314,6 +315,13 @@ def test_the_page_fits(browser, site, scheme, width):
     boxes = [frames.nth(i).bounding_box() for i in range(2)]
     assert (boxes[0]["y"] == boxes[1]["y"]) == (width == 1280)  # side by side, or one below
     page.context.close()
+
+
+def test_what_a_student_has_of_its_own(service):
+    assert made_for(service.model("digits")) == set()
+    assert made_for(service.model("digits-4step")) == {"steps", "sampler"}
+    classes = Served("digits-ddpm-4step", jaxsd.load("digits-ddpm-4step"))
+    assert made_for(classes) == {"steps", "sampler", "guidance_scale"}
 
 
 def test_words_do_not_become_code():

@@ -56,6 +56,15 @@ class Job:
     def given_up(self) -> bool:
         return self.picture.cancelled()
 
+    def show(self, step: int, count: int, picture: np.ndarray) -> None:
+        if self.on_frame is None or self.given_up:
+            return
+        try:
+            self.on_frame(step, count, picture)
+        except Exception:  # whoever looks is not to stop the others' run
+            logger.exception("a picture on the way could not be shown")
+            self.on_frame = None
+
     def settle(self, outcome: np.ndarray | Exception) -> None:
         with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
             if isinstance(outcome, Exception):
@@ -167,8 +176,7 @@ class Worker:
             if i in shown:
                 pictures = model.preview(latents)
                 for job, picture in zip(batch, pictures, strict=False):  # the rest is padding
-                    if job.on_frame is not None and not job.given_up:
-                        job.on_frame(shown.index(i) + 1, len(shown), picture)
+                    job.show(shown.index(i) + 1, len(shown), picture)
 
         try:
             pictures = model.draw([job.request for job in batch], watch)

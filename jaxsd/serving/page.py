@@ -244,8 +244,8 @@ async def _draw(
         panel.look(step, count, picture)
         loop.call_soon_threadsafe(changed.set)
 
-    if not teacher:  # a student has steps and a sampler of its own
-        asked = {n: value for n, value in asked.items() if n not in ("steps", "sampler")}
+    if not teacher:
+        asked = {n: value for n, value in asked.items() if n not in made_for(model)}
     try:
         panel.request = await asyncio.to_thread(lambda: model.request(**asked))
         changed.set()
@@ -258,6 +258,16 @@ async def _draw(
         panel.said = "the server failed at this; its log says why"
     finally:
         changed.set()
+
+
+def made_for(model: Served) -> set[str]:
+    """What a student has of its own, and is not asked for beside its teacher."""
+    schedule, own = model.pipe.schedule, set()
+    if schedule.default_steps is not None:
+        own = {"steps", "sampler"}
+    if schedule.default_guidance_scale is not None and not model.pipe.guidance_embedded:
+        own = own | {"guidance_scale"}
+    return own
 
 
 def _read_form(service: Service, form: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Pictures in and out: files and PIL images to arrays, and small things done with pixels."""
 
+import io
 import json
 import math
 import warnings
@@ -146,22 +147,26 @@ def to_pil(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
 
 
-def write_png(
-    picture: Image.Image | np.ndarray, path: Path, notes: Mapping[str, Any] | None = None
-) -> Path:
-    """Writes a picture, whole or not at all, with `notes` as PNG text chunks.
-
-    picture: a PIL image, or uint8 [h, w, 3 or 1].
-    """
-    from jaxsd.weights.files import replacing  # processes that decode do without it
-
+def png(picture: Image.Image | np.ndarray, notes: Mapping[str, Any] | None = None) -> bytes:
+    """A PNG file of a PIL image, or of uint8 [h, w, 3 or 1], with `notes` as text chunks."""
     info = PngInfo()
     for name, value in (notes or {}).items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         info.add_itxt(name, text)
     image = picture if isinstance(picture, Image.Image) else to_pil(picture)
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def write_png(
+    picture: Image.Image | np.ndarray, path: Path, notes: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes what `png` makes, whole or not at all."""
+    from jaxsd.weights.files import replacing  # processes that decode do without it
+
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.write_bytes(png(picture, notes))
     return path
 
 

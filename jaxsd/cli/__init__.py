@@ -7,6 +7,7 @@ import warnings
 
 COMMANDS = {
     "sample": "make pictures from prompts",
+    "serve": "a page, and an endpoint for pictures over HTTP",
     "compile": "the programs of sampling, ahead of time",
     "train": "train a model",
     "compare": "hold a model's numbers against PyTorch's, block by block",

@@ -1,0 +1,107 @@
+"""The site of jaxsd's documentation, made of the pages here and of the package's docstrings.
+
+`python -m sphinx -W --keep-going docs site` builds it. JAXSD_NOTEBOOKS=cache runs the notebooks,
+too, those that changed since; =force runs them all.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import jaxsd
+
+sys.path.insert(0, str(Path(__file__).parent / "notebooks"))  # what the notebooks share
+
+project = "jaxsd"
+author = "the authors of jaxsd"
+project_copyright = "the authors of jaxsd, Apache-2.0"
+release = version = jaxsd.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["notebooks/[!0-9]*.py", "conf.py", "site", "_build"]
+nitpicky = True
+smartquotes = False
+# What other libraries call theirs is not ours to resolve, and would need a network
+nitpick_ignore_regex = [("py:.*", r"(?!jaxsd\.).*")]
+nitpick_ignore_regex += [("py:class", r"jaxsd\..*\.(Aux|T|AnyWords)")]  # type variables
+suppress_warnings = ["toc.empty_glob"]  # of pages that are not in every checkout
+highlight_language = "bash"  # of blocks that name none: commands
+
+html_theme = "furo"
+html_title = "jaxsd"
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 4  # GitHub's, so that a link to a heading works in both places
+
+# Notebooks are kept as text; .md stays a page
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_execution_mode = os.environ.get("JAXSD_NOTEBOOKS", "off")
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_execution_excludepatterns = ["conf.py", "notebooks/[!0-9]*.py"]
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 80
+add_module_names = True
+
+CODE = re.compile(r"(`[^`]+`)")
+EXAMPLE = re.compile(r"\w+(, \w+)* = [\w.]+\(|jaxsd\.\w+\.\w+\(")
+NAMED = re.compile(r"(?:^|(?<=\. )|(?<=; ))(\w+(?:, \w+)*)(?=: )", re.MULTILINE)
+
+
+def as_text(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings are plain sentences: what they name is set as code, and nothing else is markup.
+
+    An indented paragraph, or one that ends a line in `:` and goes on deeper, stays as it is.
+    """
+    parameters = set(getattr(getattr(obj, "__code__", None), "co_varnames", ()))
+    parameters |= set(getattr(obj, "__dataclass_fields__", ()))
+
+    def named(found: re.Match) -> str:
+        words = found[1].split(", ")
+        return ", ".join(f"`{w}`" for w in words) if parameters.issuperset(words) else found[1]
+
+    def escaped(text: str) -> str:
+        return re.sub(r"([\\*|_`])", r"\\\1", text)
+
+    out, block = [], []
+
+    def end() -> None:
+        """What was gathered, as code if it is deeper than sentences or begins as an example does."""
+        if not block:
+            return
+        example = EXAMPLE.match(block[0])
+        if example or block[0].startswith("  "):
+            kind = "python" if example else "text"
+            out.extend([f".. code-block:: {kind}", "", *("    " + line for line in block), ""])
+        else:
+            pieces = CODE.split("\n".join(block))
+            pieces = [p if CODE.fullmatch(p) else NAMED.sub(named, p) for p in pieces]
+            pieces = CODE.split("".join(pieces))
+            text = "".join(f"`{p}`" if CODE.fullmatch(p) else escaped(p) for p in pieces)
+            out.extend([*text.splitlines(), ""])
+        block.clear()
+
+    for line in lines:
+        if not line.strip() or (block and line.startswith("  ") != block[0].startswith("  ")):
+            end()
+        if line.strip():
+            block.append(line)
+    end()
+    lines[:] = out
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", as_text)

@@ -30,7 +30,6 @@ smartquotes = False
 # What other libraries call theirs is not ours to resolve, and would need a network
 nitpick_ignore_regex = [("py:.*", r"(?!jaxsd\.).*")]
 nitpick_ignore_regex += [("py:class", r"jaxsd\..*\.(Aux|T|AnyWords)")]  # type variables
-suppress_warnings = ["toc.empty_glob"]  # of pages that are not in every checkout
 highlight_language = "bash"  # of blocks that name none: commands
 
 html_theme = "furo"
@@ -56,6 +55,10 @@ python_use_unqualified_type_names = True
 maximum_signature_line_length = 80
 add_module_names = True
 
+# Pages that stand beside docs/ for GitHub's sake, and what they are here
+OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE |= {"README.md": "index.md"}
+GLOB = re.compile(r"^```\{toctree\}\n(?::.*\n)*:glob:\n(?::.*\n)*\n(.*)\n```$", re.MULTILINE)
 CODE = re.compile(r"(`[^`]+`)")
 EXAMPLE = re.compile(r"\w+(, \w+)* = [\w.]+\(|jaxsd\.\w+\.\w+\(")
 NAMED = re.compile(r"(?:^|(?<=\. )|(?<=; ))(\w+(?:, \w+)*)(?=: )", re.MULTILINE)
@@ -79,7 +82,7 @@ def as_text(app, what, name, obj, options, lines: list[str]) -> None:
     out, block = [], []
 
     def end() -> None:
-        """What was gathered, as code if it is deeper than sentences or begins as an example does."""
+        """What was gathered: code if it is deeper than sentences, or begins as an example."""
         if not block:
             return
         example = EXAMPLE.match(block[0])
@@ -103,5 +106,21 @@ def as_text(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = out
 
 
+def in_the_site(app, docname: str, source: list[str]) -> None:
+    """A page's links to what stands beside docs/ lead to the same text in the site.
+
+    Places for pages that are not in this checkout are left out: Sphinx would warn of them.
+    """
+
+    def place(found: re.Match) -> str:
+        return found[0] if any(Path(app.srcdir).glob(found[1])) else ""
+
+    source[0] = GLOB.sub(place, source[0])
+    up = "../" * docname.count("/")
+    for name, page in OUTSIDE.items():
+        source[0] = source[0].replace(f"](../{up}{name}", f"]({up}{page}")
+
+
 def setup(app) -> None:
+    app.connect("source-read", in_the_site)
     app.connect("autodoc-process-docstring", as_text)

@@ -26,9 +26,11 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"(?:^<!-- needs: ([^\n]+) -->\n)?^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`((?:PYTHONPATH=\S+ )?(?:python|jaxsd) [^`\n]+)`(?!`)")
 ENTRIES = ("sample.py", "train.py")  # whose options are read elsewhere
-NOT_CODE = ("text", "json", "{toctree}", "{eval-rst}")  # of fences: what nobody types
-# Hours of work, or weights of gigabytes: their options are read, and no more is done
-READ_ONLY = re.compile(r"^jaxsd (compare|evaluate)|model\.ckpt|model\.safetensors|full-size")
+NOT_CODE = ("text", "json", "{toctree}", "{eval-rst}", "{include}")  # of fences: what nobody types
+SCRIPT = "script"  # of experiments/, benchmarks/ or tests/
+# Hours of work, or gigabytes: their options are read, and no more is done
+READ_ONLY = (SCRIPT, "compare", "evaluate")
+FULL_SIZE = {"model.ckpt", "model.safetensors"}
 # What a reader's model is asked for, and the tiny one that takes its place can do
 SMALLER = {"--resolution": "64", "--height": "8", "--width": "8", "--count": "8"}
 SHOWN = {"pictures/", "captioned/", "cat/"}  # of 64 pixels, on the desk
@@ -62,7 +64,7 @@ def fences(page: Path) -> list[Fence]:
     text = page.read_text(encoding="utf-8")
     assert text.count("```") == 2 * len(list(FENCE.finditer(text))), f"{page}: an odd fence"
     return [
-        Fence(text[: found.start(2)].count("\n") + 1, found[2].strip(), found[3], found[1])
+        Fence(text[: found.start(2)].count("\n") + 1, (found[2].split() or [""])[0], found[3], found[1])
         for found in FENCE.finditer(text)
     ]
 
@@ -102,21 +104,31 @@ def run_page(page: Path, few_steps: bool = True) -> dict[str, Any]:
     return scope
 
 
+def without_environment(words: list[str]) -> list[str]:
+    """A command without the variables before it, of which tests have their own."""
+    return words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) :]
+
+
+def kind(words: list[str]) -> tuple[str, list[str]] | None:
+    """What a command is to the tests, and its arguments: one of jaxsd's, a script, or unknown."""
+    match without_environment(words):
+        case ["python", "sample.py" | "train.py" as script, *rest]:
+            return script.removesuffix(".py"), rest
+        case ["python", "-m", "jaxsd", name, *rest] | ["jaxsd", name, *rest] if name in COMMANDS:
+            return name, rest
+        case ["python", script, *rest] if (ROOT / script).is_file():
+            return SCRIPT, rest
+    return None
+
+
 def perform(words: list[str]) -> None:
     """Runs a command, but a training only as far as `--dry-run` goes."""
-    while re.match(r"[A-Z_]+=", words[0]):
-        words = words[1:]  # of the environment, which tests have their own of
-    match words:
-        case ["python", "sample.py" | "train.py" as script, *rest]:
-            name = script.removesuffix(".py")
-        case ["python", "-m", "jaxsd", name, *rest] | ["jaxsd", name, *rest]:
-            assert name in COMMANDS, f"no command {name}"
-        case ["python", script, *_] if (ROOT / script).is_file():
-            return parse(words)
-        case _:
-            raise AssertionError(f"nothing here runs {shlex.join(words)}")
-    if READ_ONLY.search(shlex.join(["jaxsd", name, *rest])):
-        return parse(["python", "-m", "jaxsd", name, *rest])
+    known = kind(words)
+    if known is None:
+        raise AssertionError(f"nothing here runs {shlex.join(words)}")
+    name, rest = known
+    if name in READ_ONLY or not FULL_SIZE.isdisjoint(rest):
+        return parse(without_environment(words))
     for option, value in SMALLER.items():
         if option in rest:
             rest[rest.index(option) + 1] = value
@@ -170,7 +182,12 @@ def parse(words: list[str]) -> None:
         case _:
             raise AssertionError(f"nothing here reads {shlex.join(words)}")
     command = [sys.executable, "-c", PARSE, str(script), *rest]
-    paths = {"PYTHONPATH": ":".join(map(str, (ROOT, ROOT / "tests", script.parent)))}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths})
+    paths = ":".join(map(str, (ROOT, ROOT / "tests", script.parent)))
+    env = environment(PYTHONPATH=paths)
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.stderr.strip().endswith("parsed"), f"{shlex.join(words)}: {done.stderr}"
 
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a process of its own."""
+    return {**os.environ, **changes}

@@ -1,38 +1,61 @@
 """The docs are true: whatever a reader is told to type runs, and links lead somewhere."""
 
 import re
-import shutil
+import shlex
 
-import desk
 import documents
 import pytest
 
-from jaxsd.hub import PRETRAINED
-
-
-@pytest.fixture(scope="session")
-def laid(tmp_path_factory):
-    """What readers bring, made once."""
-    folder = tmp_path_factory.mktemp("desk")
-    desk.lay_out(folder)
-    return folder
-
-
-@pytest.fixture
-def at_the_desk(laid, tmp_path, monkeypatch):
-    """A folder of one's own with all of it, to work in."""
-    shutil.copytree(laid, tmp_path / "desk")
-    monkeypatch.chdir(tmp_path / "desk")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(laid.parent / "programs"))
-
-
+QUICK = ("install", "loading", "migration", "training")  # the others take a minute or two each
 WITH_CODE = [
-    page
+    pytest.param(page, id=page.stem, marks=[] if page.stem in QUICK else pytest.mark.slow)
     for page in documents.PAGES
     if any(fence.language not in documents.NOT_CODE for fence in documents.fences(page))
 ]
+ALL = [documents.README, documents.ROOT / "CONTRIBUTING.md", *documents.PAGES]
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]*)\)")
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
-def test_blocks_run_or_say_what_they_need(page, at_the_desk):
+@pytest.mark.parametrize("page", WITH_CODE)
+@pytest.mark.usefixtures("at_the_desk")
+def test_blocks_run_or_say_what_they_need(page):
     documents.run_page(page)
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.stem)
+def test_each_block_is_something_that_tests_try_or_says_why_not(page):
+    """The same without running anything: known languages, commands that there are."""
+    for fence in documents.fences(page):
+        if fence.needs is None and fence.language in ("", "bash"):
+            for words in documents.commands(fence.text):
+                assert documents.kind(words), f"{page}:{fence.line}: {shlex.join(words)}"
+        else:
+            assert fence.needs or fence.language in ("python", *documents.NOT_CODE), fence
+
+
+@pytest.mark.slow
+def test_commands_in_sentences_know_their_options():
+    lines = {line for page in ALL for line in documents.inline_commands(page)}
+    assert len(lines) > 30
+    for words in map(shlex.split, sorted(lines)):
+        if not any(re.fullmatch(r"[A-Z]+|\.\.\.", word) for word in words):
+            documents.parse(documents.without_environment(words))
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings(page):
+    """As GitHub follows them; the site's builder checks them for the site."""
+    text = documents.FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page}: {target}"
+        if heading:
+            assert heading in anchors(file), f"{page}: {target}"
+
+
+def anchors(page) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = documents.FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

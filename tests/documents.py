@@ -63,9 +63,10 @@ class Fence(NamedTuple):
 def fences(page: Path) -> list[Fence]:
     text = page.read_text(encoding="utf-8")
     assert text.count("```") == 2 * len(list(FENCE.finditer(text))), f"{page}: an odd fence"
+    found = FENCE.finditer(text)
     return [
-        Fence(text[: found.start(2)].count("\n") + 1, (found[2].split() or [""])[0], found[3], found[1])
-        for found in FENCE.finditer(text)
+        Fence(text[: f.start(2)].count("\n") + 1, f"{f[2]} ".split(" ")[0], f[3], f[1])
+        for f in found
     ]
 
 

@@ -1,7 +1,10 @@
 """The docs are true: whatever a reader is told to type runs, and links lead somewhere."""
 
+import ast
+import importlib
 import re
 import shlex
+from pathlib import Path
 
 import documents
 import pytest
@@ -59,3 +62,27 @@ def anchors(page) -> set[str]:
     text = documents.FENCE.sub("", page.read_text(encoding="utf-8"))
     titles = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+REFERENCE = sorted(
+    {
+        name
+        for page in documents.PAGES
+        for name in re.findall(r"automodule:: (\S+)", page.read_text(encoding="utf-8"))
+    }
+)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_what_the_reference_shows_says_what_it_is(name):
+    """Sphinx leaves out what has no docstring, and says nothing."""
+    file = importlib.import_module(name).__file__
+    assert file is not None
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+    ]
+    silent = [node.name for node in public if not ast.get_docstring(node)]
+    assert ast.get_docstring(tree) and not silent, f"{name} has no docstring for {silent}"

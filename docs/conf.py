@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jaxsd
 
-sys.path.insert(0, str(Path(__file__).parent / "notebooks"))  # what the notebooks share
+sys.path.insert(0, str(Path(__file__).parent))  # for percent.py
 
 project = "jaxsd"
 author = "the authors of jaxsd"
@@ -24,7 +24,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["notebooks/[!0-9]*.py", "conf.py", "site", "_build"]
+exclude_patterns = ["*.py", "notebooks/[!0-9]*.py", "site", "_build"]
 nitpicky = True
 smartquotes = False
 # What other libraries call theirs is not ours to resolve, and would need a network
@@ -42,11 +42,10 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4  # GitHub's, so that a link to a heading works in both places
 
 # Notebooks are kept as text; .md stays a page
-nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_custom_formats = {".py": "percent.read"}
 nb_execution_mode = os.environ.get("JAXSD_NOTEBOOKS", "off")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
-nb_execution_excludepatterns = ["conf.py", "notebooks/[!0-9]*.py"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

@@ -23,7 +23,7 @@ from jaxsd.hub import PRETRAINED
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-FENCE = re.compile(r"(?:^<!-- needs: ([^\n]+) -->\n)?^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"(?:^<!-- needs: ([^\n]+) -->\n)?^(```+)([^\n`]*)\n(.*?)^\2$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`((?:PYTHONPATH=\S+ )?(?:python|jaxsd) [^`\n]+)`(?!`)")
 ENTRIES = ("sample.py", "train.py")  # whose options are read elsewhere
 NOT_CODE = ("text", "json", "{toctree}", "{eval-rst}", "{include}")  # of fences: what nobody types
@@ -62,10 +62,10 @@ class Fence(NamedTuple):
 
 def fences(page: Path) -> list[Fence]:
     text = page.read_text(encoding="utf-8")
-    assert text.count("```") == 2 * len(list(FENCE.finditer(text))), f"{page}: an odd fence"
+    assert "\n```" not in FENCE.sub("", text), f"{page}: an odd fence"
     found = FENCE.finditer(text)
     return [
-        Fence(text[: f.start(2)].count("\n") + 1, f"{f[2]} ".split(" ")[0], f[3], f[1])
+        Fence(text[: f.start(2)].count("\n") + 1, f"{f[3]} ".split(" ")[0], f[4], f[1])
         for f in found
     ]
 
@@ -117,6 +117,8 @@ def kind(words: list[str]) -> tuple[str, list[str]] | None:
             return script.removesuffix(".py"), rest
         case ["python", "-m", "jaxsd", name, *rest] | ["jaxsd", name, *rest] if name in COMMANDS:
             return name, rest
+        case ["python", "-m", "pytest" | "sphinx", *rest]:
+            return SCRIPT, rest
         case ["python", script, *rest] if (ROOT / script).is_file():
             return SCRIPT, rest
     return None
@@ -172,6 +174,8 @@ def printed(name: str, words: list[str]) -> str:
 def parse(words: list[str]) -> None:
     """Has a command read its options, in a process of its own, and stops it there."""
     match words:
+        case ["python", "-m", "pytest" | "sphinx", *_]:
+            return  # not ours to read
         case ["python", "-m", "jaxsd", *rest] | ["jaxsd", *rest]:
             script = ROOT / "jaxsd" / "__main__.py"
         case ["python", path, *rest]:

@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,8 @@ INLINE = re.compile(r"(?<!`)`((?:PYTHONPATH=\S+ )?(?:python|jaxsd) [^`\n]+)`(?!`
 ENTRIES = ("sample.py", "train.py")  # whose options are read elsewhere
 NOT_CODE = ("text", "json", "{toctree}", "{eval-rst}", "{include}")  # of fences: what nobody types
 SCRIPT = "script"  # of experiments/, benchmarks/ or tests/
-# Hours of work, or gigabytes: their options are read, and no more is done
-READ_ONLY = (SCRIPT, "compare", "evaluate")
+# Hours of work, gigabytes, or no end: their options are read, and no more is done
+READ_ONLY = (SCRIPT, "compare", "evaluate", "serve")
 FULL_SIZE = {"model.ckpt", "model.safetensors"}
 # What a reader's model is asked for, and the tiny one that takes its place can do
 SMALLER = {"--resolution": "64", "--height": "8", "--width": "8", "--count": "8"}
@@ -74,6 +75,22 @@ def commands(text: str) -> list[list[str]]:
     """The words of each command of a block, without comments; a \\ at an end goes on."""
     lines = text.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def marked_commands(page: Path) -> Iterator[list[str]]:
+    """Those of ours in blocks that tests cannot run, also those that gcloud is to run elsewhere."""
+    for fence in fences(page):
+        if fence.needs is None or fence.language not in ("", "bash"):
+            continue
+        for words in commands(fence.text):
+            for word in words:
+                if word.startswith("--command="):
+                    words = shlex.split(word.partition("=")[2])
+            for part in "\0".join(words).split("\0&&\0"):
+                found = [w.removeprefix(".venv/bin/") for w in part.split("\0") if w != "nohup"]
+                found = found[: found.index(">")] if ">" in found else found
+                if found and kind(found):
+                    yield found
 
 
 def inline_commands(page: Path) -> list[str]:

@@ -37,6 +37,15 @@ def test_each_block_is_something_that_tests_try_or_says_why_not(page):
 
 
 @pytest.mark.slow
+def test_commands_that_cannot_run_here_know_their_options():
+    found = [words for page in ALL for words in documents.marked_commands(page)]
+    assert len(found) > 5
+    for words in found:
+        if "..." not in words:
+            documents.parse(words)
+
+
+@pytest.mark.slow
 def test_commands_in_sentences_know_their_options():
     lines = {line for page in ALL for line in documents.inline_commands(page)}
     assert len(lines) > 30

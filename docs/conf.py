@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jaxsd
+from jaxsd.training import Options
 
 sys.path.insert(0, str(Path(__file__).parent))  # for percent.py
 
@@ -66,7 +67,7 @@ NAMED = re.compile(r"(?:^|(?<=\. )|(?<=; ))(\w+(?:, \w+)*)(?=: )", re.MULTILINE)
 def as_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain sentences: what they name is set as code, and nothing else is markup.
 
-    An indented paragraph, or one that ends a line in `:` and goes on deeper, stays as it is.
+    Deeper lines, and paragraphs that begin as an example does, stay as they are.
     """
     parameters = set(getattr(getattr(obj, "__code__", None), "co_varnames", ()))
     parameters |= set(getattr(obj, "__dataclass_fields__", ()))
@@ -120,6 +121,17 @@ def in_the_site(app, docname: str, source: list[str]) -> None:
         source[0] = source[0].replace(f"](../{up}{name}", f"]({up}{page}")
 
 
+def with_plain_types(app) -> None:
+    """What the command line knows of an option (which words it takes) is no part of its type."""
+    for known in (Options.__annotations__, Options.__init__.__annotations__):
+        known |= {name: hint.__origin__ for name, hint in known.items() if is_annotated(hint)}
+
+
+def is_annotated(hint) -> bool:
+    return hasattr(hint, "__metadata__")
+
+
 def setup(app) -> None:
+    app.connect("builder-inited", with_plain_types)
     app.connect("source-read", in_the_site)
     app.connect("autodoc-process-docstring", as_text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import documents
 import pytest
 
-QUICK = ("install", "loading", "migration", "training")  # the others take a minute or two each
+QUICK = ("index", "install", "loading", "migration", "training")  # the others take longer
 WITH_CODE = [
     pytest.param(page, id=page.stem, marks=[] if page.stem in QUICK else pytest.mark.slow)
     for page in documents.PAGES

@@ -45,6 +45,7 @@ myst_heading_anchors = 4  # GitHub's, so that a link to a heading works in both 
 # Notebooks are kept as text; .md stays a page
 nb_custom_formats = {".py": "percent.read"}
 nb_execution_mode = os.environ.get("JAXSD_NOTEBOOKS", "off")
+nb_execution_cache_path = str(Path(__file__).parent.parent / ".cache" / "notebooks")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 

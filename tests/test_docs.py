@@ -1,10 +1,8 @@
 """The docs are true: whatever a reader is told to type runs, and links lead somewhere."""
 
 import ast
-import importlib
 import re
 import shlex
-from pathlib import Path
 
 import documents
 import pytest
@@ -86,9 +84,9 @@ REFERENCE = sorted(
 @pytest.mark.parametrize("name", REFERENCE)
 def test_what_the_reference_shows_says_what_it_is(name):
     """Sphinx leaves out what has no docstring, and says nothing."""
-    file = importlib.import_module(name).__file__
-    assert file is not None
-    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    place = documents.ROOT / name.replace(".", "/")
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     public = [
         node
         for node in tree.body

@@ -7,7 +7,7 @@ import shlex
 import documents
 import pytest
 
-QUICK = ("index", "install", "loading", "migration", "training")  # the others take longer
+QUICK = ("index", "install", "loading", "training")  # the others take longer, up to a minute
 WITH_CODE = [
     pytest.param(page, id=page.stem, marks=[] if page.stem in QUICK else pytest.mark.slow)
     for page in documents.PAGES

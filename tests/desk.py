@@ -59,6 +59,8 @@ def lay_out(desk: Path) -> None:
     _additions(sd, desk)
     _pictures(desk)
     (desk / "prompts.txt").write_text("a castle\na lighthouse on a beach\n")
+    (desk / "run/config.json").write_text('{"recipe": "TextToImage", "steps": 10000}')
+    (desk / "run/metrics.jsonl").write_text('{"step": 50, "loss": 0.5}\n')
 
 
 def _small_networks(sd: Pipeline, desk: Path) -> None:

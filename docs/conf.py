@@ -59,7 +59,6 @@ add_module_names = True
 # Pages that stand beside docs/ for GitHub's sake, and what they are here
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 OUTSIDE |= {"README.md": "index.md"}
-GLOB = re.compile(r"^```\{toctree\}\n(?::.*\n)*:glob:\n(?::.*\n)*\n(.*)\n```$", re.MULTILINE)
 CODE = re.compile(r"(`[^`]+`)")
 EXAMPLE = re.compile(r"\w+(, \w+)* = [\w.]+\(|jaxsd\.\w+\.\w+\(")
 NAMED = re.compile(r"(?:^|(?<=\. )|(?<=; ))(\w+(?:, \w+)*)(?=: )", re.MULTILINE)
@@ -108,15 +107,7 @@ def as_text(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def in_the_site(app, docname: str, source: list[str]) -> None:
-    """A page's links to what stands beside docs/ lead to the same text in the site.
-
-    Places for pages that are not in this checkout are left out: Sphinx would warn of them.
-    """
-
-    def place(found: re.Match) -> str:
-        return found[0] if any(Path(app.srcdir).glob(found[1])) else ""
-
-    source[0] = GLOB.sub(place, source[0])
+    """A page's links to what stands beside docs/ lead to the same text in the site."""
     up = "../" * docname.count("/")
     for name, page in OUTSIDE.items():
         source[0] = source[0].replace(f"](../{up}{name}", f"]({up}{page}")

@@ -130,8 +130,8 @@ print(f"the embedding moved by {moved:.2f} of its length")
 assert ends(first)[1] < ends(first)[0] / 2
 
 # %% [markdown]
-# Told $e_{opt}$, the network draws sevens on white in other colours and shapes: one embedding cannot
-# say all of a picture. The rest is for the second stage.
+# Told $e_{opt}$, the network draws sevens on white in other colours and shapes: one embedding
+# cannot say all of a picture. The rest is for the second stage.
 
 # %% [markdown]
 # ## Stage two: the network

@@ -1,4 +1,4 @@
-"""Draws the README's pictures from the models that ship: `python experiments/pictures.py`."""
+"""Draws the pictures of README and docs: `python experiments/pictures.py`."""
 
 from pathlib import Path
 

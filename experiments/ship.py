@@ -1,4 +1,4 @@
-"""Puts the models that the README's commands trained into the package.
+"""Puts the models that the commands in docs/models.md trained into the package.
 
 `python experiments/ship.py` ships all of them from runs/, digits' two towers from runs/clip; with
 names (`digits-4step`) it leaves the others as they are. Cards stay as they are.

@@ -1,4 +1,4 @@
-"""Trains the models that ship, from nothing, as the README's table says: one command for all.
+"""Trains the models that ship, from nothing, as docs/models.md says: one command for all.
 
 `python experiments/train_digits.py` runs the stages below one after the other, each a `train.py` of
 its own, in runs/. Killed and started again it goes on where it was: an ended stage only says so.

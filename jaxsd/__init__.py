@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxsd.conditioning import Sizes
     from jaxsd.pipeline import Pipeline, load
     from jaxsd.shortcuts import Shortcuts
+    from jaxsd.watching import watch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Sizes",
     "load",
     "use_compilation_cache",
+    "watch",
     "weights",
 ]
 
@@ -29,6 +31,7 @@ _HOMES = {
     "Sizes": "jaxsd.conditioning",
     "load": "jaxsd.pipeline",
     "use_compilation_cache": "jaxsd.compilation_cache",
+    "watch": "jaxsd.watching",
 }
 
 

@@ -48,10 +48,12 @@ class Eight:
 
 
 def by_row(scale: Float[Array, " n"], dimensions: int) -> jax.Array:
+    """A scale for each row [n], shaped to multiply weights [n, ...] of so many dimensions."""
     return scale.reshape(-1, *[1] * (dimensions - 1))
 
 
 def is_quantised(params: Mapping[str, jax.Array]) -> bool:
+    """Whether any of the parameters is in eight bits."""
     return any(name.endswith(SUFFIX) for name in params)
 
 

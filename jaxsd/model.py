@@ -70,14 +70,17 @@ class Model:
 
     @property
     def unet(self) -> Net:
+        """The UNet: code and shapes; its arrays are `params["unet"]`."""
         return self.components["unet"].net
 
     @property
     def vae(self) -> Net | None:
+        """The VAE; None for a model that draws pixels."""
         return self.components["vae"].net if "vae" in self.components else None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
+        """The first text encoder's; None without text."""
         return self.tokenizers.get("tokenizer")
 
     @property
@@ -98,6 +101,7 @@ class Model:
 
     @property
     def default_sampler(self) -> str:
+        """The sampler of the scheduler that the model ships with."""
         return samplers.default_sampler(self.schedule)
 
     @property
@@ -136,6 +140,7 @@ class Model:
 
     @property
     def latent_channels(self) -> int:
+        """Channels of the latents: Stable Diffusion's 4, or those of a pixel model's pictures."""
         return self.unet.config.out_channels // self.schedule.pictures_predicted
 
     @property

@@ -37,6 +37,8 @@ def fan_in_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def normal(stddev: float) -> Initializer:
+    """N(0, stddev^2)."""
+
     def init(key, shape):
         return stddev * jax.random.normal(key, shape, jnp.float32)
 
@@ -44,10 +46,12 @@ def normal(stddev: float) -> Initializer:
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """All 0."""
     return jnp.zeros(shape, jnp.float32)
 
 
 def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """All 1."""
     return jnp.ones(shape, jnp.float32)
 
 

@@ -1,5 +1,6 @@
 """Pictures in and out: files and PIL images to arrays, and small things done with pixels."""
 
+import io
 import json
 import math
 import warnings
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from jaxsd.errors import JaxsdError
@@ -129,6 +130,13 @@ def tile(pictures: np.ndarray | Sequence[np.ndarray], columns: int | None = None
     return grid
 
 
+def enlarged(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Each pixel of [h, w, c] as a square, as large as fits into this many pixels; or as it is."""
+    h, w = picture.shape[:2]
+    times = max(1, min(height // h, width // w))
+    return picture.repeat(times, axis=0).repeat(times, axis=1)
+
+
 def to_uint8(pictures: np.ndarray) -> np.ndarray:
     """From [-1, 1] to 0 ... 255, clipped and rounded."""
     return np.round(np.clip(np.asarray(pictures) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
@@ -139,20 +147,60 @@ def to_pil(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
 
 
-def write_png(
-    picture: Image.Image | np.ndarray, path: Path, notes: Mapping[str, Any] | None = None
-) -> Path:
-    """Writes a picture, whole or not at all, with `notes` as PNG text chunks.
-
-    picture: a PIL image, or uint8 [h, w, 3 or 1].
-    """
-    from jaxsd.weights.files import replacing  # processes that decode do without it
-
+def png(picture: Image.Image | np.ndarray, notes: Mapping[str, Any] | None = None) -> bytes:
+    """A PNG file of a PIL image, or of uint8 [h, w, 3 or 1], with `notes` as text chunks."""
     info = PngInfo()
     for name, value in (notes or {}).items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         info.add_itxt(name, text)
     image = picture if isinstance(picture, Image.Image) else to_pil(picture)
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def write_png(
+    picture: Image.Image | np.ndarray, path: Path, notes: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes what `png` makes, whole or not at all."""
+    from jaxsd.weights.files import replacing  # processes that decode do without it
+
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.write_bytes(png(picture, notes))
+    return path
+
+
+# Of an animation: the side that tiny pictures are enlarged to, the side up to which every pixel is
+# kept (noise compresses badly), and the milliseconds of a frame and of the last one
+TINY_SIDE, EXACT_SIDE = 256, 256
+FRAME_MS, LAST_MS = 150, 2000
+
+
+def write_animation(
+    frames: Sequence[np.ndarray], path: Path, notes: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes an animated WebP, whole or not at all, that stays at its last frame for a while.
+
+    frames: uint8 [h, w, 1 or 3]. Tiny ones are enlarged, pixels to squares; up to 256 x 256 they
+    come back exactly, larger ones nearly. notes: as a JSON object in EXIF's ImageDescription.
+    """
+    from jaxsd.weights.files import replacing
+
+    height, width = frames[0].shape[:2]
+    images = [to_pil(enlarged(f, TINY_SIDE, TINY_SIDE)).convert("RGB") for f in frames]
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(notes or {})  # EXIF is ASCII, and so is this
+    exact = max(height, width) <= EXACT_SIDE
+    with replacing(path) as temporary:
+        images[0].save(
+            temporary,
+            format="WEBP",
+            save_all=True,
+            append_images=images[1:],
+            duration=[FRAME_MS] * (len(images) - 1) + [LAST_MS],
+            loop=0,
+            lossless=exact,
+            quality=75 if exact else 90,  # without loss: how hard to try
+            exif=exif,
+        )
     return path

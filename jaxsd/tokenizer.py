@@ -43,6 +43,7 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int:
+        """The id of the token that ends a text."""
         return self._end
 
     def __call__(self, prompts: Sequence[str], length: int = 77) -> np.ndarray:

@@ -2,20 +2,20 @@
 
 import collections
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxsd.pictures import write_png
+from jaxsd.pictures import write_animation, write_png
 
 T = TypeVar("T")
 
 
 class Writer:
-    """Writes PNGs in threads, as a context: at its end all are written.
+    """Writes PNGs, and animations, in threads, as a context: at its end all are written.
 
     No more than `waiting` are kept; then `write` waits for the first. What fails in a thread is
     raised by a later `write` or at the end. An error drops no other picture. After an interruption
@@ -31,9 +31,16 @@ class Writer:
 
     def write(self, picture: np.ndarray, path: Path, notes: Mapping[str, Any]) -> None:
         """As `pictures.write_png`, but later; the picture must not change meanwhile."""
+        self._submit(write_png, picture, path, notes)
+
+    def animate(self, frames: Sequence[np.ndarray], path: Path, notes: Mapping[str, Any]) -> None:
+        """As `pictures.write_animation`, but later."""
+        self._submit(write_animation, frames, path, notes)
+
+    def _submit(self, call: Callable[..., Any], *arguments: Any) -> None:
         while len(self._futures) >= self._waiting:
             self._futures.popleft().result()
-        self._futures.append(self._pool.submit(write_png, picture, path, notes))
+        self._futures.append(self._pool.submit(call, *arguments))
 
     def __enter__(self) -> "Writer":
         return self

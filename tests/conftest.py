@@ -29,6 +29,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -37,3 +38,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Stays installed: every module of the package is checked, whichever test imports it first.
 install_import_hook("jaxsd", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def laid(tmp_path_factory):
+    """What readers of the docs bring, made once."""
+    import desk
+
+    folder = tmp_path_factory.mktemp("desk")
+    desk.lay_out(folder)
+    return folder
+
+
+@pytest.fixture
+def at_the_desk(laid, tmp_path, monkeypatch):
+    """A folder of one's own with all of it, to work in."""
+    shutil.copytree(laid, tmp_path / "desk")
+    monkeypatch.chdir(tmp_path / "desk")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.numpy import load_file
 
 import jaxsd
@@ -120,6 +120,14 @@ def test_previews_end_at_the_picture(tmp_path, capsys):
     with Image.open(path) as picture, Image.open(path.with_stem(path.stem + "-preview")) as strip:
         assert strip.size == (3 * 8 + 2, 8)
         assert np.array_equal(np.asarray(strip)[:, -8:, 0], np.asarray(picture))
+        with Image.open(path.with_name(path.stem + "-preview.webp")) as moving:
+            assert moving.n_frames == 3 and moving.size == (256, 256)
+            told = json.loads(moving.getexif()[ExifTags.Base.ImageDescription])
+            assert told["prompt"] == "7" and told["steps"] == json.loads(picture.text["steps"])
+            for i in range(3):
+                moving.seek(i)
+                frame = np.asarray(moving.convert("RGB"))[16::32, 16::32]
+                assert np.array_equal(frame, np.asarray(strip)[:, 9 * i : 9 * i + 8])
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_quotes_it(tmp_path, capsys):

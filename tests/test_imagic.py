@@ -111,6 +111,8 @@ def test_both_stages_leave_an_edit_curves_and_pictures(whole):
     for folder in (whole / "embedding", whole):
         assert [s for s, r in rows(folder).items() if "reconstruction/loss" in r] == [2, 3]
         assert shape(folder / "samples" / "preview_0000003.png") == (8, 4 * 8 + 3, 3)
+        assert "ended after step 3" in (folder / "report.html").read_text()
+    assert '<a href="embedding/report.html">' in (whole / "report.html").read_text()
     assert shape(whole / "strip.png") == (8, 3 * 8 + 2, 3)
     tuned, plain = (jaxsd.load(f) for f in (whole / "model", first.base["model"]))
     for name in ("vae", "text_encoder"):

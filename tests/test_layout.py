@@ -106,6 +106,9 @@ ALLOWED = {
     ),
     "tasks": ("denoising", "diffusion", "errors", "networks", "pictures"),
     "previews": ("components", "errors", "networks", "pictures"),
+    "terminal": ("pictures",),
+    "run_report": ("errors", "pictures", "weights.files"),
+    "watching": ("errors", "networks", "pictures", "previews", "terminal"),
     "pipeline": (
         "components",
         "conditioning",
@@ -129,8 +132,10 @@ NEVER = {
     "evaluation": ("training", "objectives", "cli"),
     "editing": ("cli", "evaluation"),
     "compare": ("training", "objectives", "evaluation", "cli"),
+    "serving": ("training", "objectives", "evaluation", "cli"),
 }
 FOREIGN = ("torch", "diffusers")
+WEB = ("gradio", "fastapi", "starlette", "uvicorn", "pydantic")
 
 
 def imports(path: Path, lazily: bool = True) -> set[str]:
@@ -180,6 +185,11 @@ def test_no_module_needs_torch(name):
     # `compare` alone holds numbers against PyTorch's, and loads it when it is called.
     wanted = imports(MODULES[name], lazily=not inside(name, "compare"))
     assert not {m for m in wanted if m.split(".")[0] in FOREIGN}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not inside(name, "serving")])
+def test_what_serves_alone_knows_the_web(name):
+    assert not {m for m in imports(MODULES[name]) if m.split(".")[0] in WEB}
 
 
 def test_importing_jaxsd_is_light():

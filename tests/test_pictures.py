@@ -1,11 +1,12 @@
 """Pictures that people have: turned, transparent, 16-bit, palettes, broken, enormous."""
 
+import json
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from jaxsd import pictures
 from jaxsd.errors import JaxsdError
@@ -116,3 +117,49 @@ def test_masks_are_black_or_white(red):
 def test_sizes_keep_the_shape(red):
     assert pictures.fitting_size(red, 512 * 512, 8) == (416, 624)
     assert pictures.fitting_size(np.zeros((1, 5000), np.uint8), 64 * 64, 8) == (8, 4528)
+
+
+def frames_of(file):
+    """(pixels, milliseconds) of each frame of an animation."""
+    with Image.open(file) as image:
+        for i in range(image.n_frames):
+            image.seek(i)
+            image.load()
+            yield np.asarray(image.convert("RGB")), image.info["duration"]
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (32, 32, 3), (200, 150, 3)])
+def test_an_animation_of_small_pictures_is_exact_and_stays_at_the_end(shape, tmp_path):
+    given = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
+    notes = {"prompt": "a snowman \u2603", "steps": 3}
+    file = pictures.write_animation([*given], tmp_path / "a.webp", notes)
+    frames, milliseconds = zip(*frames_of(file), strict=True)
+    assert milliseconds == (150, 150, 2000)
+    for frame, picture in zip(frames, given, strict=True):
+        wanted = pictures.enlarged(picture, 256, 256)
+        assert np.array_equal(frame, np.broadcast_to(wanted, (*wanted.shape[:2], 3)))
+    with Image.open(file) as image:
+        assert json.loads(image.getexif()[ExifTags.Base.ImageDescription]) == notes
+        assert image.info["loop"] == 0
+
+
+def test_an_animation_of_large_pictures_is_near(tmp_path):
+    y, x = np.mgrid[:300, :400]
+    waves = [np.sin(x / 40), np.cos(y / 30), np.sin((x + y) / 50)]
+    picture = np.stack([127.5 * (1 + wave) for wave in waves], -1).round().astype(np.uint8)
+    file = pictures.write_animation([picture, 255 - picture], tmp_path / "a.webp")
+    for (frame, _), wanted in zip(frames_of(file), (picture, 255 - picture), strict=True):
+        assert np.abs(frame.astype(int) - wanted).mean() < 3  # of 255
+    assert file.stat().st_size < picture.size / 10
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "wanted"),
+    [((8, 8), (256, 256), (256, 256)), ((33, 98), (256, 256), (66, 196)), ((9, 9), (8, 8), (9, 9))],
+)
+def test_pixels_become_squares(size, room, wanted):
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    large = pictures.enlarged(picture, *room)
+    times = wanted[0] // size[0]
+    assert large.shape == (*wanted, 3)
+    assert np.array_equal(large, np.kron(picture, np.ones((times, times, 1), np.uint8)))

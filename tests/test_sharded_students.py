@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding
 from test_sharding import OPTIONS, TOLERANCE, device_bytes, on_mesh, one_device
 
-from jaxsd import families, sharding, training
+from jaxsd import families, kernels, sharding, training
+from jaxsd.diffusion.denoise import guided
 from jaxsd.diffusion.jumps import student_schedule
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import UNet
@@ -22,6 +24,7 @@ from jaxsd.objectives.progressive import Progressive
 from jaxsd.training.placement import compile_step, place_state, spread
 from jaxsd.training.step import Aux
 
+UNET = families.get_family("digits").unet
 RANGE = (1.0, 9.0)
 SCHEDULE = student_schedule(Schedule(beta_schedule="cosine", prediction_type="v_prediction"))
 TOLD = dataclasses.replace(tiny.PIXEL_UNET, time_cond_proj_dim=8)
@@ -38,6 +41,30 @@ def test_a_device_holds_its_share_of_a_full_size_teacher():
         pieces = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(aux)]
         held = 2 * sum(map(math.prod, pieces))
         assert whole / fsdp <= held < 1.04 * whole / fsdp
+
+
+def test_guidance_sends_weights_about_and_no_pictures():
+    """Nothing says where noise lies that is made inside, and what guidance puts side by side."""
+    mesh, options, net = sharding.make_mesh(fsdp=8), training.Options(1), Net(UNet(UNET))
+    params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in net.shapes.items()}
+    text = jax.ShapeDtypeStruct((16, 7, UNET.cross_attention_dim), jnp.float32)
+    rows = NamedSharding(mesh, sharding.ROWS)
+
+    def ask(params, text, key):
+        conditions = [{"encoder_hidden_states": text}] * 2
+        x, scale = jax.random.normal(key, (16, 8, 8, 4)), jnp.full((1, 16), 3.0)
+        denoise = guided(lambda *a, **told: net(params, *a, **told), conditions, scale, scale[0, 0])
+        with kernels.compiling_for("cpu", NamedSharding(mesh, sharding.HEADS)):
+            return denoise(x, jnp.full(16, 500.0))
+
+    placed = spread(params, options, mesh)
+    program = jax.jit(ask, in_shardings=({n: p.sharding for n, p in placed.items()}, rows, None))
+    compiled = program.lower(params, text, jax.eval_shape(lambda: jax.random.key(0))).compile()
+    sent = re.findall(r" = \(?\w+\[([\d,]*)\]\S* all-\w+(?:-start)?\(", compiled.as_text())
+    sizes = {math.prod(shape) for shape in net.shapes.values()}
+    assert sent and {math.prod(map(int, shape.split(","))) for shape in sent} <= sizes
+    convolved = re.findall(r" = \w+\[(\d+),\d+,\d+,\d+\]\S* convolution\(", compiled.as_text())
+    assert set(convolved) == {"4"}  # of a device's own two pictures, with and without the text
 
 
 @pytest.mark.slow

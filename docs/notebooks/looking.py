@@ -37,19 +37,23 @@ def show(
     height, width = (side * scale / DPI for side in arrays[0].shape[:2])
     letters = max(4, int(width / LETTER))
     lines = [textwrap.fill(str(title), letters) for title in titles or [""] * len(arrays)]
-    above = LINE * max(1 + text.count("\n") if text else 0 for text in lines)
-
-    whole = columns * (width + GAP), rows * (height + above + GAP)
+    heights = [height + GAP + _above(lines[row * columns :][:columns]) for row in range(rows)]
+    whole = columns * (width + GAP), sum(heights)
     figure = plt.figure(figsize=whole, dpi=DPI)
     for i, (array, text) in enumerate(zip(arrays, lines, strict=True)):
         row, column = divmod(i, columns)
-        left, bottom = column * (width + GAP), whole[1] - (row + 1) * (height + above + GAP)
+        left, bottom = column * (width + GAP), whole[1] - sum(heights[: row + 1])
         place = (left / whole[0], bottom / whole[1], width / whole[0], height / whole[1])
         axes = figure.add_axes(place)
         axes.imshow(array, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="0.8", linewidth=0.5)  # where a picture's edge is white, too
         axes.set_title(text, fontsize=TITLE_POINTS, pad=2)
+
+
+def _above(titles: Sequence[str]) -> float:
+    """Inches for the longest of the titles in a row."""
+    return LINE * max(1 + title.count("\n") if title else 0 for title in titles)
 
 
 def _pixels(picture: Image.Image | np.ndarray) -> np.ndarray:

@@ -7,14 +7,16 @@ import warnings
 
 COMMANDS = {
     "sample": "make pictures from prompts",
+    "serve": "a page, and an endpoint for pictures over HTTP",
     "compile": "the programs of sampling, ahead of time",
     "train": "train a model",
     "compare": "hold a model's numbers against PyTorch's, block by block",
     "evaluate": "measure a model of digits against the held-out scans",
     "info": "what a model or a file of weights is, from headers alone",
+    "report": "a training's folder as one page, report.html",
     "convert": "between diffusers folders, single files and Orbax",
 }
-LIGHT = ("info",)  # which compute nothing, and answer before jax would be loaded
+LIGHT = ("info", "report")  # which compute nothing, and answer before jax would be loaded
 
 
 def main() -> None:

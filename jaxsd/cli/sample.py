@@ -81,9 +81,12 @@ class Options(Together, Shared):
     """Pictures at a time, with --prompts-file on each device; by default 4 of 512 px or more, up to
     32 of smaller ones."""
     preview_every: int = 0
-    """Also write a strip with the picture after every so many steps."""
+    """Also write a strip with the picture after every so many steps, and an animated WebP."""
     preview_with: str = "vae"
     """What decodes the strip: vae, linear (at once, and small), or a TAESD folder."""
+    show: Literal["auto", "kitty", "iterm2", "sixel", "off"] = "auto"
+    """Pictures in the terminal, those on the way with --preview-every too: by the protocol that it
+    speaks, by this one whatever it says, or none. Never where the output is no terminal."""
     out: Path = Path("outputs")
     """The folder to write into; nothing there is overwritten."""
     json: bool = False
@@ -119,6 +122,10 @@ def _check(options: Options) -> None:
             raise JaxsdError("prompts come from prompts_file or from the command line, not both")
         if options.preview_every:
             raise JaxsdError("preview_every is for prompts of the command line: leave it out")
+        if options.show not in ("auto", "off"):
+            raise JaxsdError(
+                f"show {options.show} is for prompts of the command line: leave it out"
+            )
     if options.compiled and options.refiner:
         raise JaxsdError("of a refiner no programs are made ahead: leave out refiner or compiled")
     check_writable(options.out)

@@ -49,7 +49,7 @@ def run(recipe: Common) -> None:
             _describe(dataclasses.replace(stages[0], workdir=Path(scratch)), _config(stages[0]))
         return
     for stage in stages:
-        _train(stage, one_of_several=len(stages) > 1)
+        _train(stage, recipe.workdir, stages)
     recipe.finish()
 
 
@@ -63,16 +63,20 @@ def _config(recipe: Common) -> dict[str, Any]:
     return {"recipe": type(recipe).__name__, **config}
 
 
-def _train(recipe: Common, one_of_several: bool) -> None:
-    from jaxsd import processes, training
+def _train(recipe: Common, top: Path, stages: list[Common]) -> None:
+    """One of the stages of the recipe whose workdir is `top`."""
+    from jaxsd import processes, run_report, training
 
-    config = _config(recipe)
+    config, one_of_several = _config(recipe), len(stages) > 1
     training.check_workdir(recipe.workdir, config, recipe)  # building writes into it
     last = recipe.workdir / "model" / recipe.made
     if not (one_of_several and processes.first(last.is_file)):
         recipe.prepare()
         objective, make_batches = _build(recipe)
         told = recipe.evaluators(objective)
+        if one_of_several and recipe.report:
+            folders = [stage.workdir for stage in stages]
+            processes.first(lambda: run_report.write_stages(top, folders))
         training.train(objective, make_batches, recipe, recipe.workdir, config, evaluators=told)
     if processes.is_first():
         print(f"{recipe.workdir / 'model'}", flush=True)

@@ -114,6 +114,7 @@ class Report:
 
     @property
     def agrees(self) -> bool:
+        """Whether nothing departs."""
         return not self.departures
 
     def to_json(self) -> dict[str, Any]:

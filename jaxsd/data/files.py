@@ -38,6 +38,7 @@ def locate(files: Sequence[File], starts: np.ndarray, index: int) -> tuple[File,
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is of a bucket (gs://) or the like, not of this machine."""
     return "://" in path
 
 

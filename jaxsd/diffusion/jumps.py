@@ -25,6 +25,7 @@ class Level(NamedTuple):
     sigma: jax.Array
 
     def at(self, i: jax.Array) -> "Level":
+        """The levels of rungs i [n] (traced): one for each image."""
         return Level(*(jnp.asarray(values)[i] for values in self))
 
     def each(self) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ from jaxsd.diffusion.steps import History, Noise, Predict, Step, Steps
 
 
 def order_at(steps: Steps, i) -> jax.Array:
+    """The order of step i: what the grid allows, and no more than the steps taken since `first`."""
     return jnp.minimum(steps.at(i).order, i - steps.first + 1)
 
 

@@ -212,6 +212,7 @@ class Schedule(Config):
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str = "scheduler_config.json") -> "Schedule":
+        """Of a scheduler_config.json and its class's defaults; JaxsdError lists the unknown."""
         values = dict(values)
         name = values.get("_class_name", "DDIMScheduler")
         if continuous := values.pop("continuous_schedule", None):
@@ -219,6 +220,7 @@ class Schedule(Config):
         return super().from_json(_class_defaults(name) | values, where)
 
     def to_json(self) -> dict[str, Any]:
+        """What a scheduler_config.json says: all that the class knows, else the unusual."""
         values = super().to_json()
         name = values.pop("class_name")
         # What the class knows, and what else is out of the ordinary and would be lost.

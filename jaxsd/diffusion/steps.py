@@ -58,6 +58,7 @@ class Steps(NamedTuple):
     first: jax.Array  # int32
 
     def at(self, i: jax.Array) -> Step:
+        """Row i (traced) of the grid."""
         return Step(*(jnp.asarray(values)[i] for values in self[: len(Step._fields)]))
 
 

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from jaxsd.kernels import cpu, gpu, tpu
+from jaxsd.kernels.split import in_rows
 
 
 class Target(NamedTuple):
@@ -96,6 +97,7 @@ def linear(
     x: Float[Array, "... i"], weight: Float[Array, "o i"], parts: int = 1
 ) -> list[Float[Array, "... p"]]:
     """x weight^T, the outputs in equal parts."""
+    x = in_rows(x, target().split)
     if platform() == "tpu":
         # Of axes as they are, which XLA lays out as what follows wants them; and each part a
         # product of its own, at whose end is done what is done to the part.
@@ -128,6 +130,7 @@ def convolution(
 
     whole: as one operation, for a gradient that is to find its result stored and nothing else.
     """
+    x = in_rows(x, target().split)
     kind = (weight.shape[2:], stride, padding)
     if kind == ((3, 3), 1, ((1, 1), (1, 1))) and platform() == "cpu" and not whole:
         if form := cpu.convolves(x.shape, x.dtype, len(weight)):

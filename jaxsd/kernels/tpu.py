@@ -20,6 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxsd.kernels.split import divides
+
 LANES = 128
 QUERIES = 1024  # most at a time
 KEYS = 128  # at a time
@@ -53,16 +55,11 @@ def attention(
     if split is None:
         return local(q, k, v)
     rows, heads = (*tuple(split.spec), None, None)[:2]
-    rows = rows if _divides(split, rows, q.shape[0]) else None
-    heads = heads if _divides(split, heads, q.shape[2]) else None
+    rows = rows if divides(split, rows, q.shape[0]) else None
+    heads = heads if divides(split, heads, q.shape[2]) else None
     spec = PartitionSpec(rows, None, heads, None)
     shared = jax.shard_map(local, mesh=split.mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return shared(q, k, v)
-
-
-def _divides(split: NamedSharding, axes: Any, size: int) -> bool:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return size % math.prod(split.mesh.shape[name] for name in names) == 0
 
 
 def _local(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:

@@ -105,6 +105,8 @@ class CLIPVisionConfig(_CLIPConfig):
 
 
 class SelfAttention(nnx.Module):
+    """[b, t, c] -> [b, t, c]; causal in the text tower."""
+
     def __init__(self, channels: int, heads: int):
         self.heads = heads
         self.k_proj = Linear(channels, channels)
@@ -118,6 +120,8 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """[..., c] -> [..., c] by way of `intermediate_size`."""
+
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         self.act = config.hidden_act
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
@@ -128,6 +132,8 @@ class MLP(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
+    """Attention and MLP, each behind its norm and beside its input: [b, t, c] -> [b, t, c]."""
+
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -141,6 +147,8 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
+    """The layers of a tower."""
+
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         self.layers = nnx.List([EncoderLayer(config) for _ in range(config.num_hidden_layers)])
 
@@ -156,6 +164,8 @@ class Encoder(nnx.Module):
 
 
 class TextEmbeddings(nnx.Module):
+    """Ids [b, t] to vectors of tokens and places [b, t, c]."""
+
     def __init__(self, config: CLIPTextConfig):
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size, normal(0.02))
         self.position_embedding = Embedding(
@@ -167,12 +177,15 @@ class TextEmbeddings(nnx.Module):
 
 
 class TextTransformer(nnx.Module):
+    """The text tower up to its last norm: ids [b, t] -> [b, t, c]."""
+
     def __init__(self, config: CLIPTextConfig):
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def hidden_states(self, ids: Int[Array, "b t"], depth: int | None = None) -> list[jax.Array]:
+        """The embeddings and what each layer gives, [b, t, c] each, up to layer `depth`."""
         return self.encoder(self.embeddings(ids), True, depth)
 
     def __call__(self, ids: Int[Array, "b t"], clip_skip: int = 0) -> Float[Array, "b t c"]:
@@ -191,6 +204,8 @@ def pool(
 
 
 class VisionEmbeddings(nnx.Module):
+    """Pictures [b, h, w, 3] to a class token and patches [b, 1 + n, d]."""
+
     def __init__(self, config: CLIPVisionConfig):
         channels, patch = config.hidden_size, config.patch_size
         positions = (config.image_size // patch) ** 2 + 1
@@ -207,6 +222,8 @@ class VisionEmbeddings(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
+    """The picture tower: [b, h, w, 3], normalised as CLIP's are -> the class token's [b, d]."""
+
     def __init__(self, config: CLIPVisionConfig):
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # sic
@@ -251,6 +268,10 @@ class CLIPTextModelWithProjection(CLIPTextModel):
     def penultimate(
         self, input_ids: Int[Array, "b t"], clip_skip: int = 0
     ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"] | None]:
+        """What Stable Diffusion XL reads: the last but one hidden state, without the last norm.
+
+        And the pooled projection [b, p]. ValueError if clip_skip leaves no layer.
+        """
         states = self.text_model.hidden_states(input_ids)
         depth = len(states) - 2 - clip_skip
         if not 0 <= depth < len(states):

@@ -61,6 +61,8 @@ def _in_turn(x: Maps, *layers: nnx.Module) -> Maps:
 
 
 class InceptionA(nnx.Module):
+    """[b, h, w, inputs] -> [b, h, w, 224 + pooled], as pytorch-fid's FIDInceptionA."""
+
     def __init__(self, inputs: int, pooled: int):
         self.branch1x1 = ConvBN(inputs, 64, 1)
         self.branch5x5_1 = ConvBN(inputs, 48, 1)

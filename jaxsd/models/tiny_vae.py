@@ -62,6 +62,8 @@ class TinyVAEConfig(NetworkConfig):
 
 
 class ReLU(nnx.Module):
+    """max(x, 0), as a module: it counts in torch's Sequential."""
+
     def __call__(self, x: jax.Array) -> jax.Array:
         return jax.nn.relu(x)
 

@@ -121,6 +121,7 @@ class CLIP:
         return self.constrain(self.net.init(key) if self.initial is None else self.initial)
 
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        """`contrastive_loss` of a batch: image [b, h, w, 3] in [-1, 1], input_ids [b, t]."""
         # At the limit the slope is whole, so that the scale can come down again
         beyond = params[SCALE] - jax.lax.stop_gradient(params[SCALE])
         limited = jnp.where(params[SCALE] > MAX_SCALE, MAX_SCALE + beyond, params[SCALE])

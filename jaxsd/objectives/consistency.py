@@ -56,6 +56,7 @@ class Consistency(Student):
         self._times = np.append(times, 0.0).astype(np.float32)
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
+        """How far apart the ends are that the student sees from two neighbouring times."""
         key_example, key_time, key_eps, key_scale = jax.random.split(now.key, 4)
         example = self.example(params, aux, batch, key_example)
         x0 = example.x0

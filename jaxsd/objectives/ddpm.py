@@ -46,6 +46,7 @@ class DDPM:
         return self.net.init(key) if self.initial is None else self.initial
 
     def example(self, params: Params, aux: Any, batch: Batch, key: jax.Array) -> Example:
+        """What a batch holds: pictures, and classes told and untold."""
         image = batch["image"]
         if not self.unet.num_classes:
             return Example(image, {}, {})
@@ -55,6 +56,10 @@ class DDPM:
         return Example(image, told, nothing)
 
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        """The error at random times (Ho et al. 2020, eq. 14, or as `denoising` says).
+
+        batch: image [b, h, w, c] in [-1, 1] and, for models of classes, label [b].
+        """
         key_class, key = jax.random.split(now.key)
         example = self.example(params, aux, batch, key)
         told = with_dropout(example, self.class_dropout, key_class)
@@ -70,6 +75,7 @@ class DDPM:
         )
 
     def pipeline(self, params: Params) -> Pipeline:
+        """What draws with these parameters."""
         return Pipeline(Component(self.net, params), self.schedule)
 
     @property

@@ -26,6 +26,7 @@ class DreamBooth(TextToImage):
     prior_weight: float = 1.0
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
+        """The instance's loss plus `prior_weight` times the class's (2208.12242)."""
         prior = {n.removeprefix(PRIOR): v for n, v in batch.items() if n.startswith(PRIOR)}
         if not prior:
             return super().loss(params, aux, batch, now)

@@ -23,6 +23,7 @@ class Guided(Student):
     """Batches are those of `base`."""
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
+        """The student in one pass against its guided teacher in two (2210.03142, section 3.1)."""
         key_example, key_t, key_eps, key_scale = jax.random.split(now.key, 4)
         example = self.example(params, aux, batch, key_example)
         x0 = example.x0

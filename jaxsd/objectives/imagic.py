@@ -60,6 +60,7 @@ class Stage:
         raise NotImplementedError
 
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        """The model's own loss on the one picture's latents, told the embedding of this stage."""
         unet, told = self._told(params, aux, batch)
         x0, options = batch["latents"], Denoising(dtype=self.dtype)
         return denoising_loss(self.net, unet, self.pipe.schedule, x0, told, now.key, options)
@@ -165,6 +166,7 @@ def new_edit(pipe: Pipeline, prompt: str, size: tuple[int, int], clip_skip: int 
 
 
 def on_host(told: Any) -> edits.Told:
+    """An embedding as float32 arrays of numpy, of which an edit is made."""
     return {name: np.array(value, np.float32) for name, value in told.items()}
 
 

@@ -159,6 +159,7 @@ class LowRank:
     # --- What the objective inside does with them ---
 
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        """The inner objective's, of the base's weights with the factors added."""
         base = aux["base"]
         if now.ema is not None:
             now = now._replace(ema=self._computed(now.ema, base))

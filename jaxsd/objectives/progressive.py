@@ -56,6 +56,7 @@ class Progressive(Student):
         return params | self._critic.init(jax.random.fold_in(key, 1)) if self._critic else params
 
     def loss(self, params: Params, aux, batch: Batch, now: Now):
+        """One step of the student against the teacher's `factor` (2202.00512, algorithm 2)."""
         key_example, key_rung, key_eps, key_scale = jax.random.split(now.key, 4)
         example = self.example(params, aux, batch, key_example)
         x0 = example.x0

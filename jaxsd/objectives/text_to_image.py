@@ -111,6 +111,7 @@ class TextToImage:
         return Example(latents, cond, uncond)
 
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        """The mean of `errors` over the batch."""
         errors, logged = self.errors(params, aux, batch, now)
         return errors.mean(), logged
 
@@ -154,6 +155,7 @@ class TextToImage:
         return jnp.concatenate(known, 1).astype(jnp.float32)
 
     def pipeline(self, params: Params) -> Pipeline:
+        """What draws with these parameters; the text encoders' are among them if trained."""
         components = dict(self.towers.components)
         for tower, own in self._text_params(params).items():
             components[tower] = Component(components[tower].net, own)

@@ -77,6 +77,7 @@ class TextualInversion:
         return rows
 
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        """The base's own, with the new rows behind the table of each text encoder."""
         towers = {
             tower: embeddings.with_rows(aux["base"][tower], len(known), params[tower + ROWS])
             for tower, known in self._words.items()

@@ -88,6 +88,10 @@ class VAE:
         return params | {PREFIX + name: value for name, value in drawn.items()}
 
     def loss(self, params: Params, aux: Any, batch: Batch, now: Now):
+        """Reconstruction, KL and, if asked for, LPIPS and the discriminator's word, weighed.
+
+        batch: image [b, h, w, c] in [-1, 1].
+        """
         image = batch["image"]
         mean, logvar = (
             moment.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Where a training tells what it does: JSON lines, TensorBoard, picture files, Weights & Biases.
+"""Where a training tells what it does: JSON lines, TensorBoard, pictures, a page, W&B.
 
 A tracker continues after the step that training is resumed from: what follows is about to come
 again.
@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsd import processes
+from jaxsd import processes, run_report
 from jaxsd.errors import JaxsdError
 from jaxsd.pictures import write_png
 from jaxsd.training.workdir import writing
@@ -111,6 +112,47 @@ class TensorBoard(Tracker):
         self._file.close()
 
 
+class Report(Tracker):
+    """`report.html`: at the start, after evaluations and pictures, and once in a while between.
+
+    It takes a twentieth of the time at most. One that cannot be made is told once, and not tried
+    again.
+    """
+
+    EVERY, SHARE = 60.0, 0.05  # seconds, and of all time
+
+    def __init__(self, workdir: Path):
+        self._workdir, self._due, self._failed = workdir, False, False
+        self._write()
+
+    def scalars(self, step: int, row: dict[str, float]) -> None:
+        self._due |= any("/" in name for name in row)
+        rested = time.monotonic() - self._ended
+        if (self._due and rested >= self._took / self.SHARE) or rested >= self.EVERY:
+            self._write()
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._due = True
+
+    def _write(self) -> None:
+        began = time.monotonic()
+        if not self._failed:
+            self._failed = not write_report(self._workdir)
+        self._ended, self._due = time.monotonic(), False
+        self._took = self._ended - began
+
+
+def write_report(workdir: Path) -> bool:
+    """Makes `report.html` of what the folder holds; says why, and returns False, if it cannot."""
+    try:
+        run_report.write(workdir)
+    except Exception as error:  # a page is not worth a training
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"warning: no {run_report.FILE}: {reason}", file=sys.stderr)
+        return False
+    return True
+
+
 class WeightsAndBiases(Tracker):
     """One run for one workdir, however often it is resumed; its id is in wandb.json.
 
@@ -181,7 +223,11 @@ def _closing(tracker: Tracker, workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_log(
-    workdir: Path, last: int, config: dict[str, Any], wandb_project: str | None = None
+    workdir: Path,
+    last: int,
+    config: dict[str, Any],
+    wandb_project: str | None = None,
+    report: bool = False,
 ) -> Iterator[Log]:
     """The log of a training, to be continued after step `last`; the first process alone has one."""
     with contextlib.ExitStack() as stack:
@@ -196,6 +242,8 @@ def open_log(
                 add(JSONLines(workdir / "metrics.jsonl", last))
                 add(TensorBoard(workdir / "tensorboard", last))
                 add(Pictures(workdir))
+            if report:
+                add(Report(workdir))
             if wandb_project is not None:
                 add(WeightsAndBiases(wandb_project, workdir, config))
 

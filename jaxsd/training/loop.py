@@ -14,6 +14,7 @@ from jaxsd import processes, sharding
 from jaxsd.checkpoints import Checkpoints, Keep
 from jaxsd.nn import Params
 from jaxsd.objectives import Now, Objective
+from jaxsd.training.environment import record
 from jaxsd.training.evaluators import (
     Evaluator,
     Goal,
@@ -24,7 +25,7 @@ from jaxsd.training.evaluators import (
     parse_goal,
 )
 from jaxsd.training.faults import Signals, Watch
-from jaxsd.training.logs import Tracker, open_log
+from jaxsd.training.logs import Tracker, open_log, write_report
 from jaxsd.training.optimizers import make_optimizer
 from jaxsd.training.options import Options
 from jaxsd.training.placement import compile_step, make_mesh, place_state
@@ -50,8 +51,8 @@ def train(
 
     make_batches(start, stop) yields batches number start ... stop - 1. `config` is what decides
     the result; it is written to `workdir/config.json`, and a workdir with another one is refused.
-    Leaves metrics.jsonl, tensorboard/, samples/, checkpoints/ and, at the end, model/: a diffusers
-    folder made of the averaged (EMA) parameters.
+    Leaves metrics.jsonl, tensorboard/, samples/, checkpoints/, environment.json, report.html and,
+    at the end, model/: a diffusers folder made of the averaged (EMA) parameters.
 
     SIGTERM and SIGINT end the step and save it; then SystemExit(0) or KeyboardInterrupt is raised.
     JaxsdError if the disk is full or `max_skipped` updates in a row were not finite; what was saved
@@ -69,6 +70,8 @@ def train(
     optimizer = make_optimizer(options)
     with contextlib.ExitStack() as stack:  # also when interrupted: what is being saved, is saved
         signals = stack.enter_context(Signals())
+        if options.report and processes.is_first():
+            stack.callback(write_report, workdir)  # the last of all, whatever ends the training
         checkpoints = Checkpoints(workdir / "checkpoints", keep)
         stack.callback(checkpoints.close)
         state, aux = place_state(objective, optimizer, options, mesh, checkpoints.restore)
@@ -76,7 +79,9 @@ def train(
         start = stop = int(state.step)
         if not _is_there(goal, evaluators, aux.whole(state.ema), start):
             stop = options.steps
-        log = stack.enter_context(open_log(workdir, start, config, options.wandb_project))
+        processes.first(functools.partial(record, workdir, start))
+        told = (options.wandb_project, options.report)
+        log = stack.enter_context(open_log(workdir, start, config, *told))
         profile = Profile(workdir / "profile", options.profile_start, options.profile_steps)
         stack.callback(profile.close)
         watch = Watch(options.max_skipped, signals)
@@ -118,7 +123,8 @@ def train(
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
             if row or measured:
                 # Before the checkpoint from which it is not redone
-                processes.first(functools.partial(log.scalars, i, row | measured))
+                with meter.aside():
+                    processes.first(functools.partial(log.scalars, i, row | measured))
             if i % options.save_every == 0 or last or options.keep_best in measured:
                 watch.settle()
                 checkpoints.save(i, state, measured)
@@ -131,6 +137,8 @@ def train(
     if watch.told:
         _end(signals, int(state.step), workdir)
     _export(objective, aux.whole(state.ema), workdir / "model")
+    if options.report:
+        processes.first(functools.partial(write_report, workdir))
     return state
 
 

@@ -119,6 +119,8 @@ class Options:
     this, training ends as after its last update."""
     max_skipped: int = 10
     """After so many updates in a row whose loss or gradient was not finite, training stops."""
+    report: bool = True
+    """Make report.html in the workdir on the way: curves, pictures, evaluations, options."""
     wandb_project: str | None = None
     """Log to Weights & Biases too (pip install jaxsd[wandb])."""
     profile_steps: int = 0
@@ -164,7 +166,7 @@ REPORTING = {
     *("fsdp", "tensor", "shard"),
     *("save_every", "log_every", "sample_every"),
     *("keep", "keep_best", "keep_highest", "keep_every", "max_skipped", "num_workers"),
-    *("wandb_project", "profile_steps", "profile_start"),
+    *("report", "wandb_project", "profile_steps", "profile_start"),
     # of the recipes (cli/recipes/evaluation.py)
     *("eval_every", "eval_data", "eval_count", "eval_samples", "eval_steps", "eval_guidance_scale"),
     *("eval_batch_size", "eval_statistics", "inception", "clip_score"),

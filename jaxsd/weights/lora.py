@@ -31,6 +31,7 @@ class Layer:
 
     @property
     def rank(self) -> int:
+        """Of the change that the factors make, at most."""
         return len(self.down)
 
 

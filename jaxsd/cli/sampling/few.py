@@ -14,6 +14,7 @@ from jaxsd.cli.sampling import model
 from jaxsd.cli.sampling.model import Job
 from jaxsd.errors import JaxsdError
 from jaxsd.pictures import tile, to_uint8, write_png
+from jaxsd.terminal.screen import open_screen
 from jaxsd.writing import Writer, one_ahead
 
 
@@ -22,6 +23,8 @@ def draw_prompts(options: Options) -> list[Path]:
 
     Of several processes each makes, and returns, its own batches, and there is no grid.
     """
+    # A terminal that is asked what it can show answers before anything else is said
+    screen = None if options.json else open_screen(options.show)
     session = model.load(options)
     options, pipe = session.options, session.pipe
     if not options.prompts and pipe.takes_prompts:
@@ -47,19 +50,26 @@ def draw_prompts(options: Options) -> list[Path]:
         for rank, batch in mine:
             frames: list[np.ndarray] = []
 
-            def look(i: int, t: float, latents: Any, frames=frames) -> None:
+            def look(i: int, t: float, latents: Any, frames=frames, batch=batch) -> None:
                 if (i + 1) % options.preview_every == 0 or i + 1 == last:
                     assert preview is not None
                     frames.append(preview(latents))
+                    if screen:
+                        screen.show(tile(frames[-1][: len(batch)]))
 
             watch = look if preview else None
             yield rank, batch, session.start(batch, session.rows(len(jobs)), chunks, watch), frames
 
     number = processes.agree(_next_number(options.out))
     paths, arrays = [], []
+    # Whoever looks on sees one batch to its end before the next one begins
+    batches_made = started() if screen and preview else one_ahead(started())
     with Writer() as writer:
-        for rank, batch, pixels, frames in one_ahead(started()):
+        for rank, batch, pixels, frames in batches_made:
             pictures = to_uint8(np.asarray(pixels)[: len(batch)])
+            if screen:
+                screen.show(tile(pictures))
+                screen.next()
             for i, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
                 stem = f"{number + rank * size + i:05}-{_slug(job.prompt)}-seed{job.seed}"
                 notes = session.notes_of(job, picture)
@@ -67,8 +77,10 @@ def draw_prompts(options: Options) -> list[Path]:
                 writer.write(picture, paths[-1], notes)
                 arrays.append(picture)
                 if frames:
-                    strip = tile([frame[i] for frame in frames], len(frames))
-                    writer.write(strip, options.out / f"{stem}-preview.png", notes)
+                    seen = [frame[i] for frame in frames]
+                    strip, file = tile(seen, len(seen)), options.out / f"{stem}-preview.png"
+                    writer.write(strip, file, notes)
+                    writer.animate(seen, file.with_suffix(".webp"), notes)
     if len(paths) > 1 and jax.process_count() == 1:
         columns = options.num_images if options.num_images > 1 else None
         grid = options.out / f"{number:05}-grid.png"

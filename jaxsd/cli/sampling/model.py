@@ -15,7 +15,7 @@ from jaxsd.weights import edits
 
 # Of the options what does not make the picture.
 NOT_NOTED = ("prompts", "prompts_file", "seed", "num_images", "batch_size", "out", "json", "height")
-NOT_NOTED += ("width", "preview_every", "preview_with", "compiled", *NAMES)
+NOT_NOTED += ("width", "preview_every", "preview_with", "show", "compiled", *NAMES)
 
 
 @dataclasses.dataclass(frozen=True)

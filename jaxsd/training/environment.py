@@ -1,0 +1,69 @@
+"""Where a training ran, each time it was started: `environment.json` in its folder."""
+
+import datetime
+import functools
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsd import __version__
+from jaxsd.weights.files import read_json, write_json
+
+FILE = "environment.json"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+KEPT = 200  # starts, the first one and the newest
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, devices, commit of the code: what numbers and times may depend on."""
+    devices = jax.devices()
+    kinds = sorted({device.device_kind for device in devices})
+    found = {"jaxsd": __version__, "python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in LIBRARIES}
+    found["platform"] = platform.platform()
+    found["devices"] = f"{len(devices)} x {', '.join(kinds)} ({jax.default_backend()})"
+    found["processes"] = str(jax.process_count())
+    if (commit := _commit()) is not None:
+        found["commit"] = commit
+    return found
+
+
+def record(workdir: Path, step: int) -> None:
+    """Adds this start, after which `step` updates have been made; JaxsdError if it cannot."""
+    file = workdir / FILE
+    starts = read_json(file).get("starts", []) if file.is_file() else []
+    start = {
+        "time": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "step": step,
+        "command": [_text(word) for word in sys.orig_argv],
+        "directory": _text(str(Path.cwd())),
+        **environment(),
+    }
+    write_json(file, {"starts": [*starts[:1], *starts[1:][-KEPT + 2 :], start]})
+
+
+def _text(word: str) -> str:
+    """Names of files may hold bytes that are no text."""
+    return word.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Of the repository that the code is in, with "-dirty" if it was changed since."""
+    folder = Path(__file__).parents[1]
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", "__init__.py")  # else it is another project's
+        return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None

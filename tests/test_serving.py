@@ -1,0 +1,379 @@
+"""The worker that draws for several people at once, and a model as it is served: no server yet."""
+
+import threading
+from concurrent.futures import wait
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from test_pipeline import compilations
+from test_tasks import make
+
+import jaxsd
+from jaxsd.errors import JaxsdError
+from jaxsd.serving.batching import Worker
+from jaxsd.serving.limits import Busy, Limits, Refused
+from jaxsd.serving.models import Served, students_of
+
+PROMPTS = ["a red seven on a white background", "a blue three on a black background", "five"]
+
+
+class Toy:
+    """Draws what it is asked for, as a grey value; its requests are (kind, value)."""
+
+    batch_size = 4
+
+    def __init__(self):
+        self.batches, self.steps = [], 3
+        self.gate = threading.Event()
+        self.gate.set()
+        self.begun = threading.Event()
+
+    def kind(self, request):
+        return request[0]
+
+    def frames_at(self, request):
+        return [0, 1]
+
+    def preview(self, latents):
+        return np.full((self.batch_size, 1, 1, 3), latents, np.uint8)
+
+    def draw(self, requests, watch=None):
+        self.batches.append(list(requests))
+        self.begun.set()
+        assert self.gate.wait(10)
+        for i in range(self.steps):
+            watch(i, 0.0, 10 + i)
+        if "broken" in [value for _, value in requests]:
+            raise JaxsdError("this one is broken")
+        return np.stack([np.full((1, 1, 3), value, np.uint8) for _, value in requests])
+
+
+@pytest.fixture
+def toy():
+    return Toy()
+
+
+@pytest.fixture
+def worker():
+    worker = Worker(waiting=6)
+    yield worker
+    worker.stop()
+
+
+def held(toy, worker):
+    """A worker that is busy until the gate opens."""
+    toy.gate.clear()
+    (job,) = worker.submit(toy, [("held", 0)])
+    assert toy.begun.wait(10)
+    return job
+
+
+def test_what_waits_and_is_alike_is_drawn_together(toy, worker):
+    first = held(toy, worker)
+    jobs = worker.submit(toy, [("a", 1), ("a", 2), ("b", 3)]) + worker.submit(toy, [("a", 4)])
+    toy.gate.set()
+    values = [int(job.picture.result(10)[0, 0, 0]) for job in [first, *jobs]]
+    assert values == [0, 1, 2, 3, 4]
+    assert toy.batches == [[("held", 0)], [("a", 1), ("a", 2), ("a", 4)], [("b", 3)]]
+
+
+def test_no_more_than_a_batch_and_the_longest_waiting_first(toy, worker):
+    held(toy, worker)
+    jobs = worker.submit(toy, [("b", 0), *(("a", i) for i in range(1, 6))])
+    toy.gate.set()
+    wait([job.picture for job in jobs], 10)
+    assert [len(batch) for batch in toy.batches] == [1, 1, 4, 1]
+
+
+def test_two_models_never_share_a_batch(toy, worker):
+    other = Toy()
+    held(toy, worker)
+    jobs = worker.submit(toy, [("a", 1)]) + worker.submit(other, [("a", 2)])
+    toy.gate.set()
+    assert [int(job.picture.result(10)[0, 0, 0]) for job in jobs] == [1, 2]
+    assert other.batches == [[("a", 2)]]
+
+
+def test_a_full_queue_takes_all_of_a_request_or_nothing(toy, worker):
+    held(toy, worker)
+    jobs = worker.submit(toy, [("a", i) for i in range(5)])
+    with pytest.raises(Busy, match=r"5 pictures wait already, and 6 are the most: ask again in \d"):
+        worker.submit(toy, [("a", 5), ("a", 6)])
+    assert worker.waiting == 5
+    jobs += worker.submit(toy, [("a", 5)])
+    with pytest.raises(Busy) as caught:
+        worker.submit(toy, [("a", 6)])
+    assert 1 <= caught.value.retry_after <= 60
+    toy.gate.set()
+    assert [int(job.picture.result(10)[0, 0, 0]) for job in jobs] == [*range(6)]
+
+
+def test_who_has_left_makes_room_and_is_not_drawn(toy, worker):
+    held(toy, worker)
+    jobs = worker.submit(toy, [("a", i) for i in range(6)])
+    for job in jobs[:5]:
+        job.picture.cancel()
+    jobs += worker.submit(toy, [("a", 6)])
+    toy.gate.set()
+    assert [int(job.picture.result(10)[0, 0, 0]) for job in jobs[5:]] == [5, 6]
+    assert toy.batches[1:] == [[("a", 5), ("a", 6)]]
+
+
+def test_a_run_that_nobody_waits_for_ends_early(toy, worker):
+    toy.steps = 1000
+    seen = []
+    (job,) = worker.submit(toy, [("a", 1)], lambda *frame: seen.append(frame))
+    job.picture.cancel()
+    (other,) = worker.submit(toy, [("b", 2)])
+    assert int(other.picture.result(10)[0, 0, 0]) == 2
+    assert toy.batches[-1] == [("b", 2)]
+
+
+def test_pictures_on_the_way_go_to_those_who_asked(toy, worker):
+    held(toy, worker)
+    seen = []
+    (looking,) = worker.submit(toy, [("a", 1)], lambda i, n, p: seen.append((i, n, p[0, 0, 0])))
+    worker.submit(toy, [("a", 2)])
+    toy.gate.set()
+    looking.picture.result(10)
+    assert seen == [(1, 2, 10), (2, 2, 11)]
+
+
+def test_who_cannot_look_costs_nobody_a_picture(toy, worker):
+    held(toy, worker)
+    jobs = worker.submit(toy, [("a", 1)], lambda *frame: 1 // 0)
+    jobs += worker.submit(toy, [("a", 2)])
+    toy.gate.set()
+    assert [int(job.picture.result(10)[0, 0, 0]) for job in jobs] == [1, 2]
+    assert toy.batches[1:] == [[("a", 1), ("a", 2)]]
+
+
+def test_one_that_fails_takes_nobody_with_it(toy, worker):
+    held(toy, worker)
+    jobs = worker.submit(toy, [("a", 1), ("a", "broken"), ("a", 3)])
+    toy.gate.set()
+    assert int(jobs[0].picture.result(10)[0, 0, 0]) == 1
+    with pytest.raises(JaxsdError, match="this one is broken"):
+        jobs[1].picture.result(10)
+    assert int(jobs[2].picture.result(10)[0, 0, 0]) == 3
+
+
+def test_stopping_answers_what_runs_and_refuses_the_rest(toy):
+    worker = Worker(waiting=6)
+    running = held(toy, worker)
+    (waiting,) = worker.submit(toy, [("a", 1)])
+    stopping = threading.Thread(target=worker.stop)
+    stopping.start()
+    with pytest.raises(Busy, match="the server is stopping"):
+        waiting.picture.result(10)
+    assert not worker.alive and not running.picture.done()
+    with pytest.raises(Busy, match="the server is stopping"):
+        worker.submit(toy, [("a", 2)])
+    toy.gate.set()
+    stopping.join(10)
+    assert int(running.picture.result(0)[0, 0, 0]) == 0
+
+
+# --- A model as it is served -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Served("digits", jaxsd.load("digits"), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def student():
+    return Served("digits-4step", jaxsd.load("digits-4step"), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return Served("digits-ddpm", jaxsd.load("digits-ddpm"), batch_size=4)
+
+
+def lone(served, prompt, seed, height=32, width=32, **asked):
+    """What the pipeline's own call draws of one seed, computing as many as the server does."""
+    seeds = [seed] * served.batch_size
+    return np.asarray(served.pipe(prompt, seeds=seeds, height=height, width=width, **asked)[0])
+
+
+def scan(value=0):
+    """A picture that is no square, so that it must be resized."""
+    ramp = np.linspace(0, 255, 48 * 40 * 3).reshape(48, 40, 3)
+    return Image.fromarray(((ramp + value) % 256).astype(np.uint8))
+
+
+def mask():
+    array = np.zeros((20, 20), np.uint8)
+    array[:, 10:] = 255
+    return Image.fromarray(array)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"negative_prompt": "blue"},
+        {"image": scan(), "strength": 0.7},
+        {"image": scan(), "mask": mask()},
+        {"sampler": "dpmpp_2m_sde"},
+        {"guidance_scale": 1.0},
+    ],
+    ids=lambda form: "-".join(form) or "plain",
+)
+def test_a_picture_is_the_one_that_the_pipeline_draws_alone(digits, form):
+    """To the last bit where as many are computed; alone, by another program, within its rounding.
+
+    Within 1 of 255, that is, as for files of prompts in test_many.py.
+    """
+    asked = dict(steps=6, guidance_scale=3.0) | form
+    requests = [digits.request(PROMPTS[i % 3], seed=i, **asked) for i in range(4)]
+    drawn = digits.draw(requests)
+    for i, picture in enumerate(drawn):
+        np.testing.assert_array_equal(picture, lone(digits, PROMPTS[i % 3], i, **asked))
+        alone = digits.pipe(PROMPTS[i % 3], seeds=[i], **asked, height=32, width=32)[0]
+        assert abs(picture.astype(int) - np.asarray(alone)).max() <= 1
+
+
+def test_the_company_changes_no_bit(digits):
+    """Neither who shares the batch nor the place in it: here in bytes, before they are rounded."""
+
+    def latents(requests, row):
+        seen = []
+        digits.draw(requests, lambda i, t, x: seen.append(np.asarray(x)))
+        return seen[-1][row]
+
+    mine = digits.request(PROMPTS[0], seed=7, steps=4, guidance_scale=3.0)
+    others = [digits.request(PROMPTS[1], seed=i, steps=4, guidance_scale=9.0) for i in range(3)]
+    alone = latents([mine], 0)
+    for row in range(4):
+        company = [*others[:row], mine, *others[row:]]
+        np.testing.assert_array_equal(latents(company, row), alone)
+    np.testing.assert_array_equal(latents([others[0], mine], 1), alone)
+
+
+def test_ten_at_once_through_the_worker(digits):
+    scales = [2.0 + i for i in range(10)]
+    requests = [
+        digits.request(PROMPTS[i % 3], seed=i, steps=5, guidance_scale=scales[i]) for i in range(10)
+    ]
+    worker = Worker(waiting=64)
+    jobs = [worker.submit(digits, [request])[0] for request in requests]
+    pictures = [job.picture.result(120) for job in jobs]
+    worker.stop()
+    for i, picture in enumerate(pictures):
+        alone = lone(digits, PROMPTS[i % 3], i, steps=5, guidance_scale=scales[i])
+        np.testing.assert_array_equal(picture, alone)
+
+
+def test_a_student_draws_with_its_own_defaults(student):
+    request = student.request(PROMPTS[0], seed=3)
+    assert (request.steps, request.guidance_scale) == (4, 3.0)
+    np.testing.assert_array_equal(student.draw([request])[0], lone(student, PROMPTS[0], 3))
+
+
+def test_a_pixel_model_starts_from_a_grey_picture(pixels):
+    asked = dict(image=scan(), strength=0.5, steps=4)
+    drawn = pixels.draw([pixels.request("seven", seed=1, **asked)])
+    alone = lone(pixels, "seven", 1, 8, 8, **asked)
+    np.testing.assert_array_equal(drawn[0][..., 0], alone)
+
+
+def test_frames_are_spread_over_the_steps(digits, student):
+    assert digits.frames_at(digits.request("7")) == [2, 5, 9, 12, 15, 19, 22, 25]
+    assert digits.frames_at(digits.request("7", steps=1)) == []
+    picture = digits.request("7", image=scan(), strength=0.5)
+    assert min(digits.frames_at(picture)) >= 15 and max(digits.frames_at(picture)) < 29
+    assert student.frames_at(student.request("7")) == [0, 1, 2]
+
+
+def test_values_compile_nothing_new(digits):
+    """What `kind` lets share a batch, and steps and strength besides, is one program."""
+    digits.warm_up()
+    forms = [
+        {"steps": 3},
+        {"steps": 9, "guidance_scale": 2.0, "negative_prompt": "red"},
+        {"image": scan(), "strength": 0.4},
+        {"image": scan(), "mask": mask()},
+    ]
+    with compilations() as count:
+        for asked in forms:
+            digits.draw([digits.request("7", seed=5, **asked)])
+            assert not count, (asked, count)
+
+
+@pytest.mark.parametrize(
+    "asked, param, said",
+    [
+        ({"prompt": " "}, "prompt", "give a prompt"),
+        ({"prompt": "a " * 501}, "prompt", "has 1002 characters; 1000 are the most"),
+        ({"prompt": "seven " * 90}, "prompt", "longer than the model's text tower reads"),
+        ({"seed": -1}, "seed", "seed must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed", "seed must be from 0 to 4294967295"),
+        ({"steps": 0}, "steps", "steps must be from 1 to 100, not 0"),
+        ({"steps": 101}, "steps", "steps must be from 1 to 100, not 101"),
+        ({"guidance_scale": float("nan")}, "guidance_scale", "from 0 to 100, not nan"),
+        ({"guidance_scale": -1.0}, "guidance_scale", "from 0 to 100, not -1"),
+        ({"sampler": "magic"}, "sampler", "unknown sampler 'magic'; there are ddim"),
+        ({"size": (64, 64)}, "size", "digits draws 32x32 here, not 64x64"),
+        ({"mask": mask()}, "image", "give the picture, too"),
+        ({"strength": 0.5}, "image", "a picture that sampling starts from"),
+        ({"image": scan(), "strength": 0.0}, "image", "above 0 and at most 1"),
+        ({"image": scan(), "strength": 0.01}, "steps", "less than one step"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_waits(digits, asked, param, said):
+    with pytest.raises(Refused, match=said) as caught:
+        digits.request(**{"prompt": "seven"} | asked)
+    assert caught.value.param == param
+
+
+def test_a_student_refuses_what_it_cannot_do(student):
+    with pytest.raises(Refused, match="distilled from guidance.*negative prompt") as caught:
+        student.request("seven", negative_prompt="blue")
+    assert caught.value.param == "negative_prompt"
+    with pytest.raises(Refused, match="digits-4step was distilled for guidance scales from 1 to 9"):
+        student.request("seven", guidance_scale=12.0)
+
+
+def test_models_that_edit_are_served_with_what_they_want(tmp_path):
+    words = tiny.tokenizer(tmp_path / "tokenizer")
+    instruct = Served("instruct", make(words, in_channels=8), batch_size=2)
+    inpaint = Served("inpaint", make(words, in_channels=9), batch_size=2)
+    for served, form in (
+        (instruct, {"image": scan()}),
+        (inpaint, {"image": scan(), "mask": mask()}),
+    ):
+        served.warm_up()
+        request = served.request("red", seed=1, steps=4, guidance_scale=3.0, **form)
+        height, width = served.pipe.default_size
+        asked = dict(steps=4, guidance_scale=3.0, **form)
+        alone = lone(served, "red", 1, height, width, **asked)
+        np.testing.assert_array_equal(served.draw([request])[0], alone)
+        with pytest.raises(Refused, match="this model edits pictures: give it a picture") as caught:
+            served.request("red")
+        assert caught.value.param == "image"
+    assert not instruct.takes_strength and inpaint.takes_strength
+
+
+def test_classes_are_checked_before_they_wait(pixels):
+    with pytest.raises(Refused, match="no class 'eleven'") as caught:
+        pixels.request("eleven")
+    assert caught.value.param == "prompt"
+
+
+def test_a_size_that_cannot_be_is_refused_at_the_start():
+    with pytest.raises(JaxsdError, match="must be multiples of"):
+        Served("digits", jaxsd.load("digits"), sizes=[(33, 32)])
+
+
+def test_students_of_a_model_that_ships():
+    assert students_of("digits") == ["digits-1step", "digits-2step", "digits-4step", "digits-lcm"]
+    assert len(students_of("digits-ddpm")) == 4 and not students_of("somebody/else")
+
+
+def test_limits_say_how_large_a_body_may_be():
+    assert Limits(upload_bytes=300).body_bytes == 2 * 404 + 65536

@@ -1,0 +1,417 @@
+"""The endpoint as OpenAI's clients use it, without a port: requests, refusals, and ten at once."""
+
+import asyncio
+import base64
+import dataclasses
+import io
+import json
+import threading
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from test_serving import PROMPTS, lone, mask, scan
+
+import jaxsd
+from jaxsd.serving.api import make_app
+from jaxsd.serving.batching import Worker
+from jaxsd.serving.kept import Kept
+from jaxsd.serving.limits import Limits
+from jaxsd.serving.models import Served
+from jaxsd.serving.service import Service
+
+LIMITS = Limits(upload_bytes=100_000, upload_pixels=100_000, waiting=16)
+URL = "/v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def service():
+    names = ("digits", "digits-4step")
+    models = {name: Served(name, jaxsd.load(name), LIMITS, batch_size=4) for name in names}
+    service = Service(models, Worker(LIMITS.waiting), LIMITS)
+    yield service
+    service.worker.stop()
+
+
+def talk(service, *calls):
+    """Answers to requests that are made at once: (method, path, arguments of httpx)."""
+
+    async def all_of_them():
+        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await asyncio.gather(
+                *[client.request(method, path, **more) for method, path, more in calls]
+            )
+
+    return asyncio.run(all_of_them())
+
+
+def ask(service, **body):
+    (answer,) = talk(service, ("POST", URL, {"json": {"prompt": "a red seven"} | body}))
+    return answer
+
+
+def picture(item):
+    data = base64.b64decode(item["b64_json"], validate=True)
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image), image.text
+
+
+def encoded(image, form="PNG"):
+    file = io.BytesIO()
+    image.save(file, form)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_pictures_from_a_prompt(service):
+    answer = ask(service, prompt=PROMPTS[0], model="digits", n=3, seed=5, steps=4, size="32x32")
+    assert answer.status_code == 200
+    said = answer.json()
+    assert said["size"] == "32x32" and said["model"] == "digits" and said["created"] > 1.7e9
+    assert [item["seed"] for item in said["data"]] == [5, 6, 7]
+    for item in said["data"]:
+        pixels, notes = picture(item)
+        alone = lone(service.model("digits"), PROMPTS[0], item["seed"], steps=4)
+        np.testing.assert_array_equal(pixels, alone)
+        assert notes["prompt"] == PROMPTS[0] and notes["seed"] == str(item["seed"])
+        assert notes["model"] == "digits" and notes["steps"] == "4"
+
+
+def test_every_field_counts(service):
+    plain = {"seed": 5, "steps": 4, "guidance_scale": 3}
+    first = picture(ask(service, **plain).json()["data"][0])[0]
+    changes = [
+        {"prompt": "a blue three"},
+        {"negative_prompt": "red"},
+        {"seed": 6},
+        {"steps": 5},
+        {"guidance_scale": 1},
+        {"sampler": "euler"},
+        {"model": "digits-4step"},
+        {"image": encoded(scan()), "strength": 0.5},
+    ]
+    for change in changes:
+        answer = ask(service, **plain | change)
+        assert answer.status_code == 200, (change, answer.text)
+        assert (picture(answer.json()["data"][0])[0] != first).any(), change
+
+
+def test_from_a_picture_with_a_mask(service):
+    shown = {"image": encoded(scan()), "mask": f"data:image/png;base64,{encoded(mask())}"}
+    answer = ask(service, seed=2, steps=5, guidance_scale=3.0, **shown)
+    pixels, _ = picture(answer.json()["data"][0])
+    asked = dict(steps=5, guidance_scale=3.0, image=scan(), mask=mask())
+    np.testing.assert_array_equal(pixels, lone(service.first, "a red seven", 2, **asked))
+
+
+def test_a_seed_is_drawn_where_none_is_given_and_told(service):
+    seeds = [ask(service, steps=1).json()["data"][0]["seed"] for _ in range(2)]
+    assert seeds[0] != seeds[1]
+
+
+def test_what_other_clients_send_besides_is_taken(service):
+    more = {"user": "me", "quality": "auto", "background": "auto", "output_format": "png"}
+    assert ask(service, steps=1, size="auto", **more).status_code == 200
+
+
+def test_an_address_in_place_of_bytes(service):
+    async def both():
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"prompt": "a red seven", "seed": 1, "steps": 2, "response_format": "url"}
+            said = (await client.post(URL, json=body)).json()
+            return await client.get(said["data"][0]["url"]), await client.get("/v1/images/no.png")
+
+    there, not_there = asyncio.run(both())
+    assert there.headers["content-type"] == "image/png"
+    with Image.open(io.BytesIO(there.content)) as image:
+        pixels = np.asarray(image)
+    np.testing.assert_array_equal(pixels, lone(service.first, "a red seven", 1, steps=2))
+    assert not_there.status_code == 404 and "kept for 600 s" in not_there.json()["error"]["message"]
+
+
+def test_pictures_are_kept_for_a_while_and_within_bounds():
+    kept = Kept(seconds=100.0, most=10)
+    names = [kept.add(bytes([i]) * 4) for i in range(3)]
+    assert [kept.find(name) for name in names] == [None, b"\1" * 4, b"\2" * 4]
+    brief = Kept(seconds=0.0)
+    assert brief.find(brief.add(b"gone")) is None
+
+
+def test_ten_at_once_lose_nothing_and_get_their_own(service):
+    bodies = [
+        {"prompt": PROMPTS[i % 3], "seed": i, "steps": 4, "guidance_scale": 2.0 + i % 4}
+        for i in range(10)
+    ]
+    answers = talk(service, *[("POST", URL, {"json": body}) for body in bodies])
+    for body, answer in zip(bodies, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        (item,) = answer.json()["data"]
+        assert item["seed"] == body["seed"]
+        asked = dict(steps=4, guidance_scale=body["guidance_scale"])
+        alone = lone(service.first, body["prompt"], body["seed"], **asked)
+        np.testing.assert_array_equal(picture(item)[0], alone)
+
+
+def test_models(service):
+    (answer,) = talk(service, ("GET", "/v1/models", {}))
+    said = answer.json()
+    assert said["object"] == "list" and [m["id"] for m in said["data"]] == [*service.models]
+    teacher, student = said["data"]
+    assert teacher["sizes"] == ["32x32"] and "dpmpp_2m" in teacher["samplers"]
+    assert teacher["negative_prompt"] and not student["negative_prompt"]
+    (one, none) = talk(service, ("GET", "/v1/models/digits", {}), ("GET", "/v1/models/gpt-9", {}))
+    assert one.json() == teacher
+    assert none.status_code == 404 and none.json()["error"]["code"] == "model_not_found"
+
+
+def test_health(service):
+    (answer,) = talk(service, ("GET", "/health", {}))
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "ok", "waiting": 0, "models": [*service.models]}
+
+
+def bomb():
+    """A PNG of a few hundred bytes that promises 40000 x 40000 pixels."""
+
+    def chunk(name, data):
+        crc = zlib.crc32(name + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + name + data + crc
+
+    size = (40000).to_bytes(4, "big")
+    head = chunk(b"IHDR", size + size + bytes([8, 2, 0, 0, 0]))
+    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return base64.b64encode(data + chunk(b"IEND", b"")).decode()
+
+
+def noise(side):
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+
+
+BROKEN = base64.b64encode(b"no picture at all").decode()
+CUT = base64.b64encode(base64.b64decode(encoded(scan()))[:-400]).decode()
+
+
+@pytest.mark.parametrize(
+    "body, status, param, said",
+    [
+        ({"prompt": None}, 400, "prompt", "prompt must be string, not null"),
+        ({"prompt": ""}, 400, "prompt", "give a prompt, such as"),
+        ({"prompt": ["a", "b"]}, 400, "prompt", "prompt must be string, not ["),
+        ({"prompt": "a\ud800"}, 400, "prompt", "prompt is not Unicode text"),
+        ({"prompt": "x" * 2000}, 400, "prompt", "2000 characters; 1000 are the most"),
+        ({"model": "dall-e-3"}, 404, "model", "no model 'dall-e-3' here; there are digits"),
+        ({"n": 0}, 400, "n", "n must be from 1 to 8, not 0"),
+        ({"n": 9}, 400, "n", "n must be from 1 to 8, not 9"),
+        ({"n": "two"}, 400, "n", 'n must be integer, not "two"'),
+        ({"n": True}, 400, "n", "n must be integer, not true"),
+        ({"size": "1024x1024"}, 400, "size", "digits draws 32x32 here, not 1024x1024"),
+        ({"size": "large"}, 400, "size", 'size must be WIDTHxHEIGHT, such as 512x512, not "large"'),
+        ({"size": "9" * 50}, 400, "size", "size must be WIDTHxHEIGHT"),
+        ({"response_format": "jpeg"}, 400, "response_format", "'b64_json' or 'url'"),
+        ({"stream": True}, 400, "stream", "stream must be False, not true"),
+        ({"style": "vivid"}, 400, "style", "style is not known; there are prompt, model"),
+        ({"steps": 0}, 400, "steps", "steps must be from 1 to 100, not 0"),
+        ({"steps": 10**9}, 400, "steps", "steps must be from 1 to 100"),
+        ({"steps": 2.5}, 400, "steps", "steps must be integer, not 2.5"),
+        ({"seed": -1}, 400, "seed", "seed must be from 0"),
+        ({"seed": 2**32 - 1, "n": 2}, 400, "seed", "2 pictures take seeds from 4294967295 on"),
+        ({"sampler": "magic"}, 400, "sampler", "unknown sampler 'magic'; there are ddim, ddpm"),
+        ({"guidance_scale": 1e9}, 400, "guidance_scale", "guidance_scale must be from 0 to 100"),
+        ({"guidance_scale": 10**400}, 400, "guidance_scale", "guidance_scale must be"),
+        ({"model": "digits-4step", "negative_prompt": "blue"}, 400, "negative_prompt",
+         "distilled from guidance"),
+        ({"strength": 0.5}, 400, "image", "strength says how far to leave a picture"),
+        ({"mask": encoded(mask())}, 400, "image", "give the picture, too"),
+        ({"image": "%%%"}, 400, "image", "image must be a picture's bytes in base64"),
+        ({"image": BROKEN}, 400, "image", "image cannot be read: it must be a whole picture, JPEG"),
+        ({"image": CUT}, 400, "image", "image cannot be read"),
+        ({"image": encoded(scan()), "mask": BROKEN}, 400, "mask", "mask cannot be read"),
+        ({"image": bomb()}, 413, "image", "far too many pixels; 100000 are the most"),
+        ({"image": encoded(Image.new("RGB", (500, 500)))}, 413, "image", "500x500 pixels"),
+        ({"image": encoded(noise(250))}, 413, "image", "more than 100000 bytes"),
+        ({"image": encoded(noise(500))}, 413, None, "the body has more than"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_bad_requests_get_a_sentence(service, body, status, param, said):
+    sent = json.dumps({"prompt": "a red seven"} | body)
+    headers = {"content-type": "application/json"}
+    (answer,) = talk(service, ("POST", URL, {"content": sent, "headers": headers}))
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert said in error["message"] and error["param"] == param, error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "sent, said",
+    [
+        (b"{", "the body must be JSON"),
+        (b"", "the body must be JSON"),
+        (b"[" * 100_000, "the body must be JSON"),
+        (b"\xff\xfe{}", "the body must be JSON"),
+        (b"[1]", "the body must be a JSON object"),
+        (b"{}", "prompt is missing"),
+        (b'{"prompt": "7", "guidance_scale": NaN}', "guidance_scale must be a finite number"),
+    ],
+)
+def test_bodies_that_are_none(service, sent, said):
+    headers = {"content-type": "application/json"}
+    (answer,) = talk(service, ("POST", URL, {"content": sent, "headers": headers}))
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+def test_other_ways_to_ask(service):
+    form, get, nowhere = talk(
+        service,
+        ("POST", URL, {"data": {"prompt": "7"}}),
+        ("GET", URL, {}),
+        ("POST", "/v1/chat/completions", {"json": {}}),
+    )
+    assert form.status_code == 400 and "content-type: application/json" in form.text
+    for answer in (get, nowhere):
+        assert answer.status_code == 404
+        assert "POST /v1/images/generations" in answer.json()["error"]["message"]
+
+
+def test_no_answer_lets_a_browser_fetch_from_elsewhere(service):
+    for answer in talk(service, ("GET", "/health", {}), ("POST", URL, {"json": {}})):
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+
+
+# --- When there is too much to do -------------------------------------------------------------
+
+
+class Gated(Served):
+    """Draws when the gate opens."""
+
+    gate, begun = threading.Event(), threading.Event()
+    fails = False
+
+    def draw(self, requests, watch=None):
+        self.begun.set()
+        assert self.gate.wait(30)
+        if self.fails:
+            raise ZeroDivisionError("a secret of the machine")
+        return super().draw(requests, watch)
+
+
+@pytest.fixture
+def gated(request):
+    limits = dataclasses.replace(LIMITS, waiting=3, timeout=getattr(request, "param", 60.0))
+    model = Gated("slow", jaxsd.load("digits-4step"), limits, batch_size=1)
+    model.gate.clear(), model.begun.clear()
+    service = Service({"slow": model}, Worker(limits.waiting), limits)
+    yield service
+    model.gate.set()
+    service.worker.stop()
+
+
+async def wait_for(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
+def with_client(service, use):
+    async def run():
+        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+BODY = {"prompt": "a red seven", "seed": 1}
+
+
+def test_a_full_queue_says_when_to_come_back(gated):
+    async def use(client):
+        first = asyncio.create_task(client.post(URL, json=BODY))
+        await wait_for(gated.first.begun.is_set)
+        others = [asyncio.create_task(client.post(URL, json=BODY)) for _ in range(3)]
+        await wait_for(lambda: gated.worker.waiting == 3)
+        refused = await client.post(URL, json=BODY)
+        gated.first.gate.set()
+        return refused, await asyncio.gather(first, *others)
+
+    refused, answers = with_client(gated, use)
+    assert refused.status_code == 503
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    error = refused.json()["error"]
+    assert error["code"] == "server_overloaded"
+    assert error["message"].startswith("3 pictures wait already, and 3 are the most: ask again in")
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len({answer.json()["data"][0]["b64_json"] for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("gated", [0.5], indirect=True)
+def test_what_takes_too_long_is_given_up(gated):
+    async def use(client):
+        answer = await client.post(URL, json=BODY)
+        return answer, gated.worker.waiting
+
+    answer, waiting = with_client(gated, use)
+    assert answer.status_code == 504 and waiting == 0
+    assert "not there in 0.5 s" in answer.json()["error"]["message"]
+
+
+def test_who_goes_away_gives_up_the_place(gated):
+    """As uvicorn tells it: the body, and later that the client is gone."""
+
+    async def use(client):
+        app, gone = make_app(gated), asyncio.Event()
+        first = asyncio.create_task(client.post(URL, json=BODY))
+        await wait_for(gated.first.begun.is_set)
+        body = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
+        sent = []
+
+        async def receive():
+            if body:
+                return body.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"host", b"test")]
+        scope = {
+            "type": "http", "method": "POST", "path": URL, "raw_path": URL.encode(),
+            "query_string": b"", "headers": headers, "scheme": "http", "http_version": "1.1",
+            "server": ("test", 80), "client": ("test", 1), "root_path": "",
+        }  # fmt: skip
+        leaving = asyncio.create_task(app(scope, receive, send))
+        await wait_for(lambda: gated.worker.waiting == 1)
+        gone.set()
+        await wait_for(lambda: gated.worker.waiting == 0)
+        gated.first.gate.set()
+        await leaving
+        return await first, sent
+
+    answer, sent = with_client(gated, use)
+    assert answer.status_code == 200 and sent[0]["status"] == 499
+
+
+def test_a_fault_of_the_server_tells_nothing_of_it(gated, caplog):
+    gated.first.gate.set()
+    gated.first.fails = True
+    answer = ask(gated)
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "a secret of the machine" in caplog.text
+
+
+def test_a_server_that_stops_says_so(gated):
+    gated.worker.stop()
+    answer, health = talk(gated, ("POST", URL, {"json": BODY}), ("GET", "/health", {}))
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "60"
+    assert "the server is stopping" in answer.json()["error"]["message"]
+    assert health.status_code == 503 and health.json()["status"] == "stopping"

@@ -14,7 +14,7 @@
 # # Distillation: few steps in place of fifty
 #
 # Teacher and students draw from the same noise in 1, 2, 4 and 8 steps, a student is trained
-# before your eyes, and guidance is put into one pass. It takes about half a minute on two cores.
+# before your eyes, and guidance is put into one pass. It takes about a minute on two cores.
 
 # %% [markdown]
 # A diffusion model is asked for a picture again and again: 50 steps, with guidance two passes

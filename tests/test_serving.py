@@ -160,6 +160,24 @@ def test_one_that_fails_takes_nobody_with_it(toy, worker):
     assert int(jobs[2].picture.result(10)[0, 0, 0]) == 3
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"frames_at": lambda request: 1 // 0},
+        {"draw": lambda requests, watch: np.zeros((3, 1, 1, 3), np.uint8)},
+    ],
+)
+def test_no_fault_of_a_model_ends_the_worker(toy, worker, fault):
+    vars(toy).update(fault)
+    (job,) = worker.submit(toy, [("a", 1)], lambda *frame: None)
+    with pytest.raises((ZeroDivisionError, ValueError)):
+        job.picture.result(10)
+    for name in fault:
+        delattr(toy, name)
+    (job,) = worker.submit(toy, [("a", 2)])
+    assert int(job.picture.result(10)[0, 0, 0]) == 2
+
+
 def test_stopping_answers_what_runs_and_refuses_the_rest(toy):
     worker = Worker(waiting=6)
     running = held(toy, worker)

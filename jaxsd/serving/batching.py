@@ -168,7 +168,7 @@ class Worker:
 
     def _draw(self, batch: Sequence[Job]) -> None:
         model = batch[0].model
-        shown = model.frames_at(batch[0].request) if any(job.on_frame for job in batch) else ()
+        shown: Sequence[int] = ()
 
         def watch(i: int, t: float, latents: Any) -> None:
             if all(job.given_up for job in batch):
@@ -178,8 +178,11 @@ class Worker:
                 for job, picture in zip(batch, pictures, strict=False):  # the rest is padding
                     job.show(shown.index(i) + 1, len(shown), picture)
 
-        try:
+        try:  # all that a model does: what is raised outside ends the thread, and all who come wait
+            if any(job.on_frame for job in batch):
+                shown = model.frames_at(batch[0].request)
             pictures = model.draw([job.request for job in batch], watch)
+            drawn = list(zip(batch, pictures, strict=True))
         except _NobodyWaits:
             return
         except Exception as error:
@@ -190,5 +193,5 @@ class Worker:
             logger.exception("a picture failed: %s", error)
             batch[0].settle(error)
             return
-        for job, picture in zip(batch, pictures, strict=True):
+        for job, picture in drawn:
             job.settle(picture)

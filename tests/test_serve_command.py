@@ -36,6 +36,7 @@ from jaxsd.serving import schema, server
             ["--port", "0", "--beside", "digits-ddpm-1step"],
             "digits-ddpm-1step draws 8x8 and digits 32x32",
         ),
+        (["--port", "0", "--beside", "digits"], "digits is served already: name it once"),
         (["--port", "0", "--preview-with", "nowhere"], "nowhere"),
         (["--host", "nowhere.invalid"], "cannot listen on nowhere.invalid port 7860"),
         (["--port", "99999"], "port must be from 0 (any that is free) to 65535, not 99999"),

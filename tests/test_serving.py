@@ -13,8 +13,9 @@ from test_tasks import make
 import jaxsd
 from jaxsd.errors import JaxsdError
 from jaxsd.serving.batching import Worker
+from jaxsd.serving.beside import served_names, students_of
 from jaxsd.serving.limits import Busy, Limits, Refused
-from jaxsd.serving.models import Served, students_of
+from jaxsd.serving.models import Served
 
 PROMPTS = ["a red seven on a white background", "a blue three on a black background", "five"]
 
@@ -391,6 +392,27 @@ def test_a_size_that_cannot_be_is_refused_at_the_start():
 def test_students_of_a_model_that_ships():
     assert students_of("digits") == ["digits-1step", "digits-2step", "digits-4step", "digits-lcm"]
     assert len(students_of("digits-ddpm")) == 4 and not students_of("somebody/else")
+
+
+def test_models_that_trainings_left_have_names_that_tell_them_apart(tmp_path, monkeypatch):
+    for run in ("a/teacher", "b/teacher", "student"):
+        (tmp_path / run / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert served_names(["student/model", "digits"]) == {"student/model": "model",
+                                                         "digits": "digits"}  # fmt: skip
+    models = ["a/teacher/model", str(tmp_path / "b/teacher/model"), "student/model/"]
+    names = ["a/teacher/model", "b/teacher/model", "student/model"]
+    assert [*served_names(models).values()] == names
+    (tmp_path / "digits").mkdir()
+    models = ["digits-1step", str(tmp_path / "digits"), "owner/digits"]
+    assert [*served_names(models).values()] == ["digits-1step", "digits", "owner/digits"]
+    monkeypatch.chdir(tmp_path / "student" / "model")
+    models = ["digits", str(tmp_path / "digits")]
+    assert [*served_names(models).values()] == ["digits", f"{tmp_path.name}/digits"]
+    assert served_names(["."]) == {".": "model"}
+    for twice in (["digits", "digits"], [".", str(tmp_path / "student" / "model")]):
+        with pytest.raises(JaxsdError, match="is served already: name it once"):
+            served_names(twice)
 
 
 def test_limits_say_how_large_a_body_may_be():

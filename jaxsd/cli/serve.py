@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         if (error.name or "").split(".")[0] == "jaxsd":
             raise
         raise JaxsdError('serve needs Gradio: pip install "jaxsd[serve]"') from None
-    from jaxsd.serving import models, schema
+    from jaxsd.serving import beside, models, schema
     from jaxsd.serving.limits import Limits
 
     limits = Limits(
@@ -59,9 +59,11 @@ def main(argv: list[str] | None = None) -> None:
         timeout=options.timeout,
     )
     sizes = [schema.parse_size(text) for text in options.size]
+    others = options.beside or (() if options.alone else beside.students_of(options.model))
+    names = beside.served_names([options.model, *others])
     with server.listen(options.host, options.port) as bound:
         first = models.Served(
-            models.served_name(options.model),
+            names.pop(options.model),
             options.load(options.model),
             limits,
             sizes=sizes,
@@ -69,9 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             shortcuts=options.shortcuts,
             preview_with=options.preview_with,
         )
-        beside = options.beside or (() if options.alone else models.students_of(options.model))
-        others = models.load_beside(beside, first, options.reading()["dtype"])
-        server.serve([first, *others], limits, bound, lambda line: print(line, flush=True))
+        second = beside.load_beside(names, first, options.reading()["dtype"])
+        server.serve([first, *second], limits, bound, lambda line: print(line, flush=True))
 
 
 def _check(options: Options) -> None:

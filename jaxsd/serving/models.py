@@ -4,25 +4,23 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jaxsd import hub, tasks
+from jaxsd import tasks
 from jaxsd.conditioning import class_labels
 from jaxsd.denoising import NO_UNCOND
 from jaxsd.diffusion.samplers import SAMPLERS, get_sampler
 from jaxsd.errors import JaxsdError
 from jaxsd.pictures import read, to_uint8
-from jaxsd.pipeline import Pipeline, load
+from jaxsd.pipeline import Pipeline
 from jaxsd.previews import previewer
 from jaxsd.seeds import SEEDS
 from jaxsd.serving.batching import Watch
 from jaxsd.serving.limits import Limits, Refused
 from jaxsd.shortcuts import Shortcuts
-from jaxsd.weights.files import read_json
 
 MOST_AT_A_TIME = 8  # one alone waits for the whole batch
 MOST_GUIDANCE = 100.0
@@ -266,32 +264,3 @@ class Served:
 def _each(requests: Sequence[Request], name: str) -> list[Image.Image] | None:
     values = [getattr(request, name) for request in requests]
     return None if values[0] is None else values
-
-
-def students_of(model: str) -> list[str]:
-    """The models that ship and share a shipped model's parts: its students."""
-    indices = {
-        name: read_json(hub.PRETRAINED / name / "model_index.json") for name in hub.shipped()
-    }
-    return [name for name, index in indices.items() if index.get(hub.BASE) == model]
-
-
-def load_beside(names: Sequence[str], first: Served, dtype: Any) -> list[Served]:
-    """The models to draw with beside the first: at its sizes, as many pictures at a time.
-
-    JaxsdError for one whose pictures are of another size.
-    """
-    found = []
-    for name in names:
-        pipe = load(name, dtype)
-        if pipe.default_size != first.pipe.default_size:
-            own, other = ("{}x{}".format(*m.default_size[::-1]) for m in (pipe, first.pipe))
-            raise JaxsdError(f"{name} draws {own} and {first.name} {other}: not one beside another")
-        sizes = {"sizes": first.sizes, "batch_size": first.batch_size}
-        found.append(Served(served_name(name), pipe, first.limits, **sizes))
-    return found
-
-
-def served_name(model: str) -> str:
-    """What clients call a model: where it is on this machine is not theirs to know."""
-    return Path(model).name if Path(model).exists() else model

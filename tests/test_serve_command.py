@@ -39,6 +39,7 @@ from jaxsd.serving import schema, server
         (["--port", "0", "--beside", "digits"], "digits is served already: name it once"),
         (["--port", "0", "--preview-with", "nowhere"], "nowhere"),
         (["--host", "nowhere.invalid"], "cannot listen on nowhere.invalid port 7860"),
+        (["--host-name", "https://a.example"], "host_name is one such as pictures.example.org"),
         (["--port", "99999"], "port must be from 0 (any that is free) to 65535, not 99999"),
     ],
 )
@@ -73,7 +74,7 @@ SHOWN = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding=
 
 def test_the_commands_of_the_page_in_the_docs_are_understood(capsys, monkeypatch):
     lines = [line for line in SHOWN.splitlines() if line.startswith("jaxsd serve")]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         options = tyro.cli(serve.Options, args=shlex.split(line)[2:])
         assert options.host == "127.0.0.1"
@@ -97,6 +98,14 @@ def test_it_listens_on_this_machine_alone():
         assert server.address(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
     with server.listen("::1", 0) as bound:
         assert server.address(bound).startswith("http://[::1]:")
+
+
+def test_names_that_are_its_own():
+    with server.listen("127.0.0.1", 0) as here, server.listen("0.0.0.0", 0) as everywhere:
+        assert server.own_names(here, ()) == {"localhost"}
+        assert server.own_names(here, ["A.example"]) == {"localhost", "a.example"}
+        assert server.own_names(everywhere, ()) is None
+        assert server.own_names(everywhere, ["a.example"]) == {"localhost", "a.example"}
 
 
 @pytest.mark.slow

@@ -284,6 +284,37 @@ def test_no_answer_lets_a_browser_fetch_from_elsewhere(service):
         assert "default-src 'self'" in answer.headers["content-security-policy"]
 
 
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "localhost:7860", "origin": "http://localhost:7860"}, 200),
+        ({"host": "[::1]:7860", "origin": "http://[::1]:7860"}, 200),
+        ({"host": "Pictures.example.org", "origin": "https://pictures.example.org:8443"}, 200),
+        # A proxy that hands on a host of its own; browsers say whose page it was
+        ({"origin": "https://elsewhere.org", "sec-fetch-site": "same-origin"}, 200),
+        ({"host": "rebound.org:7860", "origin": "http://rebound.org:7860"}, 403),
+        ({"host": "rebound.org:7860"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"origin": "https://elsewhere.org"}, 403),
+        ({"origin": "https://elsewhere.org", "sec-fetch-site": "cross-site"}, 403),
+        ({"origin": "null"}, 403),
+    ],
+)
+def test_pages_of_other_sites_get_nothing(service, headers, status):
+    async def use():
+        app = make_app(service, {"localhost", "pictures.example.org"})
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get("/v1/models", headers=headers)
+
+    answer = asyncio.run(use())
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "foreign_site"
+        assert "content-security-policy" in answer.headers
+
+
 # --- When there is too much to do -------------------------------------------------------------
 
 
@@ -330,6 +361,11 @@ def with_client(service, use):
 
 
 BODY = {"prompt": "a red seven", "seed": 1}
+
+
+def test_what_there_will_never_be_room_for_is_refused(gated):
+    answer = ask(gated, n=4)
+    assert answer.status_code == 400 and "n must be from 1 to 3, not 4" in answer.text
 
 
 def test_a_full_queue_says_when_to_come_back(gated):

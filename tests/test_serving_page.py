@@ -68,7 +68,7 @@ def called():
 @pytest.fixture(scope="module")
 def site(service, called):
     bound = listen("127.0.0.1", 0)
-    server = Server(service)
+    server = Server(service, names={"localhost"})  # as `serve` has it on this address
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     yield address(bound)

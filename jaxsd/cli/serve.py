@@ -1,6 +1,8 @@
 """`jaxsd serve`: a page, and an endpoint as OpenAI's clients call it."""
 
 import dataclasses
+import functools
+import re
 
 import tyro
 
@@ -25,6 +27,9 @@ class Options(Shared):
     host: str = "127.0.0.1"
     """Where to listen: this machine alone, unless told otherwise (0.0.0.0 is everybody)."""
     port: int = 7860
+    host_name: Several[str] = ()
+    """What a proxy on this machine is called outside; may be repeated. Under other names than
+    these, addresses and localhost nobody is answered, unless --host lets other machines in."""
     size: Several[str] = ()
     """WIDTHxHEIGHT; may be repeated, each is compiled. By default what the model was trained on."""
     batch_size: int | None = None
@@ -72,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
             preview_with=options.preview_with,
         )
         second = beside.load_beside(names, first, options.reading()["dtype"])
-        server.serve([first, *second], limits, bound, lambda line: print(line, flush=True))
+        say = functools.partial(print, flush=True)
+        server.serve([first, *second], limits, bound, say, options.host_name)
 
 
 def _check(options: Options) -> None:
@@ -82,6 +88,9 @@ def _check(options: Options) -> None:
             raise JaxsdError(f"{name} must be at least 1, not {value}")
     if not 0 <= options.port <= 65535:
         raise JaxsdError(f"port must be from 0 (any that is free) to 65535, not {options.port}")
+    for name in options.host_name:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise JaxsdError(f"host_name is one such as pictures.example.org, not {name!r}")
     if options.timeout <= 0:
         raise JaxsdError(f"timeout must be above 0, not {options.timeout:g}")
     if options.controlnet:

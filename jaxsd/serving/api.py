@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import secrets
 import time
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from jaxsd.errors import JaxsdError
 from jaxsd.seeds import SEEDS
 from jaxsd.serving import schema, uploads
-from jaxsd.serving.guard import Guard
+from jaxsd.serving.guard import Foreign, Guard
 from jaxsd.serving.kept import SECONDS, Kept
 from jaxsd.serving.limits import Busy, Refused, TooLarge
 from jaxsd.serving.models import Request, Served
@@ -25,6 +26,7 @@ READING = 60.0  # seconds for a body to arrive
 DECODING = 2  # large pictures at a time
 # (status, type, code) of OpenAI's errors, for those of ours; the first that fits
 ERRORS: dict[type[Exception], tuple[int, str, str]] = {
+    Foreign: (403, "invalid_request_error", "foreign_site"),
     NoModel: (404, "invalid_request_error", "model_not_found"),
     TooLarge: (413, "invalid_request_error", "too_large"),
     Busy: (503, "server_error", "server_overloaded"),
@@ -34,11 +36,11 @@ ERRORS: dict[type[Exception], tuple[int, str, str]] = {
 }
 
 
-def make_app(service: Service) -> FastAPI:
+def make_app(service: Service, names: Collection[str] | None = None) -> FastAPI:
     """The endpoint, without a page. The interactive documentation of FastAPI, which a browser
-    would fetch from elsewhere, is left out."""
+    would fetch from elsewhere, is left out. names: of this host, as `guard.check_site` has them."""
     app = FastAPI(title="jaxsd", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, body_bytes=service.limits.body_bytes)
+    app.add_middleware(Guard, body_bytes=service.limits.body_bytes, names=names, refuse=refuse)
     endpoint = Endpoint(service)
     app.add_api_route("/health", endpoint.health, methods=["GET"])
     app.add_api_route("/v1/models", endpoint.list_models, methods=["GET"])
@@ -140,8 +142,9 @@ class Endpoint:
 
     async def _requests(self, model: Served, body: schema.Body) -> list[Request]:
         count, limits = 1 if body.n is None else body.n, self._service.limits
-        if not 1 <= count <= limits.count:
-            raise Refused(f"n must be from 1 to {limits.count}, not {count}", "n")
+        most = min(limits.count, limits.waiting)  # there would never be room for more
+        if not 1 <= count <= most:
+            raise Refused(f"n must be from 1 to {most}, not {count}", "n")
         seed = secrets.randbelow(SEEDS - count) if body.seed is None else body.seed
         shown = {"image": body.image, "mask": body.mask}
         asked: dict[str, Any] = {}

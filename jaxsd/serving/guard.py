@@ -1,7 +1,15 @@
-"""What holds of every request and answer, before any route: how large, and from where."""
+"""What holds of every request and answer, before any route: how large, from where, and for whom."""
 
+import ipaddress
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxsd.errors import JaxsdError
 from jaxsd.serving.limits import TooLarge
 
 # A browser is to fetch nothing from elsewhere for this page, nor show it inside another.
@@ -18,11 +26,24 @@ HEADERS = {
 }
 
 
-class Guard:
-    """ASGI middleware that counts the bytes of bodies, and adds headers to answers."""
+class Foreign(JaxsdError):
+    """A request that a page of another site has had a visitor's browser send."""
 
-    def __init__(self, app: Any, body_bytes: int):
-        self._app, self._most = app, body_bytes
+
+class Guard:
+    """ASGI middleware that counts the bytes of bodies, and adds headers to answers.
+
+    names: as `check_site` has them; refuse: makes an answer of its error.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        body_bytes: int,
+        names: Collection[str] | None,
+        refuse: Callable[[Request, Exception], Awaitable[Response]],
+    ):
+        self._app, self._most, self._names, self._refuse = app, body_bytes, names, refuse
         self._headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -46,4 +67,43 @@ class Guard:
                 message = message | {"headers": [*message.get("headers", []), *more]}
             await send(message)
 
+        try:
+            check_site(Headers(scope=scope), self._names)
+        except Foreign as error:
+            answer = await self._refuse(Request(scope), error)
+            await answer(scope, receive, with_headers)
+            return
         await self._app(scope, counted, with_headers)
+
+
+def check_site(headers: Headers, names: Collection[str] | None) -> None:
+    """Foreign for what a browser was told to send here by a page that is not ours.
+
+    It then says that page's host as the Origin. (Gradio lets any page read its answers, with the
+    visitor's password, unless it is asked for as localhost.) A site whose name was made to lead to
+    this machine (DNS rebinding) is of one origin with us to a browser, but the Host is that name:
+    names are those that are ours, None for any. An address is nobody's name.
+    """
+    host = _host("//" + headers.get("host", ""))
+    if names is not None and host not in ("", *names) and not _is_address(host):
+        raise Foreign(f"nothing here is called {host!r}: jaxsd serve --host-name says what is")
+    origin = headers.get("origin")
+    if origin is None or headers.get("sec-fetch-site") in ("same-origin", "none"):
+        return
+    if _host(origin) != host:  # without the port, which proxies leave out of the Host
+        raise Foreign("a page of another site cannot ask this server")
+
+
+def _host(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:  # half an IPv6 address
+        return address
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import uvicorn
 
@@ -24,9 +25,14 @@ CLOSING = 2  # seconds for answers to be read, and open pages to be told, at the
 class Server(uvicorn.Server):
     """Told to stop, it answers what is being drawn, refuses what waits, and closes."""
 
-    def __init__(self, service: Service, ready: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        service: Service,
+        ready: Callable[[], None] = lambda: None,
+        names: Collection[str] | None = None,
+    ):
         self._service, self._ready = service, ready
-        app = page.mount(make_app(service), service)
+        app = page.mount(make_app(service, names), service)
         config = uvicorn.Config(
             app, log_level="warning", timeout_graceful_shutdown=CLOSING, server_header=False
         )
@@ -66,8 +72,20 @@ def address(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def own_names(bound: socket.socket, names: Sequence[str]) -> set[str] | None:
+    """Host names under which requests are taken; None for any: what a network calls this machine
+    nobody here can know."""
+    if not names and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
+        return None
+    return {"localhost", *(name.lower() for name in names)}
+
+
 def serve(
-    models: Sequence[Served], limits: Limits, bound: socket.socket, say: Callable[[str], None]
+    models: Sequence[Served],
+    limits: Limits,
+    bound: socket.socket,
+    say: Callable[[str], None],
+    names: Sequence[str] = (),
 ) -> None:
     """Until Ctrl-C or SIGTERM, of which the first lets what is being drawn come to its end."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands it on at its end
@@ -77,6 +95,6 @@ def serve(
     service = Service({model.name: model for model in models}, Worker(limits.waiting), limits)
     ready = f"{address(bound)} (Ctrl-C ends it)"
     try:
-        Server(service, lambda: say(ready)).run([bound])
+        Server(service, lambda: say(ready), own_names(bound, names)).run([bound])
     except KeyboardInterrupt:
         return

@@ -127,8 +127,8 @@ class Report(Tracker):
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
         self._due |= any("/" in name for name in row)
-        rested = time.monotonic() - self._ended
-        if (self._due and rested >= self._took / self.SHARE) or rested >= self.EVERY:
+        rest = max(self._took / self.SHARE, 0.0 if self._due else self.EVERY)
+        if time.monotonic() - self._ended >= rest:
             self._write()
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:

@@ -214,6 +214,48 @@ def test_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     assert [round(b - a) for a, b in zip(made[2:], made[3:], strict=False)] == [42, 62]
 
 
+def test_a_page_that_takes_long_is_made_seldom(tmp_path, monkeypatch):
+    now, made = [0.0], []
+
+    def write(workdir):
+        made.append(now[0])
+        now[0] += 10.0
+
+    monkeypatch.setattr("jaxsd.training.logs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(run_report, "write", write)
+    report = Report(tmp_path)
+    for step in range(1, 1001):
+        report.scalars(step, {"loss": 1.0})
+        now[0] += 1.0
+    assert 10.0 * len(made) <= 0.05 * now[0] + 10.0
+
+
+def test_what_a_crash_left_of_its_starts_hinders_no_training(tmp_path):
+    """A file that a machine had not yet written when its power failed."""
+    with pytest.raises(InterruptedError):
+        run(tmp_path, options=MORE, make_batches=stopping_after(7))
+    for left in ("", '{"starts": 3}'):
+        (tmp_path / "environment.json").write_text(left)
+        with pytest.raises(InterruptedError):
+            run(tmp_path, options=MORE, make_batches=stopping_after(9))
+        (start,) = read_json(tmp_path / "environment.json")["starts"]
+        assert start["step"] in (4, 8)
+
+
+def test_pictures_in_pieces_are_left_out(tmp_path):
+    """Of all kinds: cut off, or with another thing in the middle, as disks leave them."""
+    write_json(tmp_path / "config.json", CONFIG)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "loss": 1.0}\n')
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    data = write_png(noise, tmp_path / "samples" / "preview_0000001.png").read_bytes()
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    for step, broken in enumerate((data[:second] + b"\0" * 9999, data[:60], b""), 2):
+        (tmp_path / "samples" / f"preview_{step:07}.png").write_bytes(broken)
+    run_report.write(tmp_path)
+    page = Page(tmp_path)
+    assert "3 left out" in page.sections["Pictures: samples/preview"] and len(page.pictures) == 1
+
+
 def test_one_that_cannot_be_made_stops_nothing(tmp_path, capsys):
     (tmp_path / "report.html").mkdir()
     state = run(tmp_path, options=MORE, evaluators=[Evaluator("eval", 3, measure)])

@@ -10,7 +10,7 @@ from typing import Any
 from jaxsd.errors import JaxsdError
 from jaxsd.weights.files import read_json, reading, write_json
 
-STAGES = "stages.json"
+STAGES, STARTS = "stages.json", "environment.json"
 PICTURE = re.compile(r"(.+)_(\d{7,})\.png")
 Row = dict[str, float]  # NaN where the log has null
 
@@ -61,13 +61,12 @@ def read_run(workdir: Path) -> Run:
         workdir,
         config,
         rows,
-        [start for start in _list(_object(workdir / "environment.json"), "starts")
-         if isinstance(start, dict)],
+        read_starts(workdir),
         _pictures(workdir, int(rows[-1]["step"]) if rows else 0),
         sorted(int(name) for name in names if name.isdecimal()),
         (workdir / "model").is_dir(),
         stages,
-    )  # fmt: skip
+    )
 
 
 def write_stages(workdir: Path, stages: list[Path]) -> None:
@@ -81,6 +80,12 @@ def read_stages(workdir: Path) -> list[str]:
     """The names that `write_stages` wrote; none if it did not, and none of folders elsewhere."""
     names = map(str, _list(_object(workdir / STAGES), "stages"))
     return [name for name in names if name == "." or (name == Path(name).name and name != "..")]
+
+
+def read_starts(workdir: Path) -> list[dict[str, Any]]:
+    """What was written of each start of a training, as far as it can be read."""
+    starts = _list(_object(workdir / STARTS), "starts")
+    return [start for start in starts if isinstance(start, dict)]
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from jaxsd import __version__
-from jaxsd.weights.files import read_json, write_json
+from jaxsd.run_report.reading import STARTS, read_starts
+from jaxsd.weights.files import write_json
 
-FILE = "environment.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 KEPT = 200  # starts, the first one and the newest
 
@@ -35,8 +35,7 @@ def environment() -> dict[str, Any]:
 
 def record(workdir: Path, step: int) -> None:
     """Adds this start, after which `step` updates have been made; JaxsdError if it cannot."""
-    file = workdir / FILE
-    starts = read_json(file).get("starts", []) if file.is_file() else []
+    starts = read_starts(workdir)  # what a crash left in pieces is not worth a training
     start = {
         "time": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
         "step": step,
@@ -44,7 +43,7 @@ def record(workdir: Path, step: int) -> None:
         "directory": _text(str(Path.cwd())),
         **environment(),
     }
-    write_json(file, {"starts": [*starts[:1], *starts[1:][-KEPT + 2 :], start]})
+    write_json(workdir / STARTS, {"starts": [*starts[:1], *starts[1:][-KEPT + 2 :], start]})
 
 
 def _text(word: str) -> str:

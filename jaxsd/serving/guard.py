@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -50,14 +51,21 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        seen = 0
+        headers = Headers(scope=scope)
+        upload = headers.get("content-type", "").startswith("multipart/")
+        seen, ended = 0, False
 
         async def counted() -> Any:
-            nonlocal seen
+            nonlocal seen, ended
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._most:
-                raise TooLarge(f"the body has more than {self._most} bytes, which are the most")
+                said = f"the body has more than {self._most} bytes, the maximum allowed size"
+                raise MultiPartException(said) if upload else TooLarge(said)
+            if upload and not ended and message["type"] == "http.disconnect":
+                # Of an error that is not its own Gradio leaves the files that it has begun
+                raise MultiPartException("the upload broke off")
+            ended = not message.get("more_body", False)
             return message
 
         async def with_headers(message: Any) -> None:
@@ -68,7 +76,7 @@ class Guard:
             await send(message)
 
         try:
-            check_site(Headers(scope=scope), self._names)
+            check_site(headers, self._names)
         except Foreign as error:
             answer = await self._refuse(Request(scope), error)
             await answer(scope, receive, with_headers)

@@ -324,9 +324,9 @@ except jaxsd.JaxsdError as error:
 #
 # On the left, measured now: 200 scans of each pixel model, and the Fréchet distance between their
 # pixels and those of the 450 held-out scans, "FD pix" of `jaxsd evaluate`. It is biased upwards
-# for few samples, so the README's values, of 2000, are lower. On the right, the models that read
-# text: the share of pictures in which digit, stroke and background are all right, at guidance 3, as
-# `python experiments/distillation.py` left it in `experiments/distillation.json`.
+# for few samples, so the teacher's in `docs/models.md`, of 2000, is lower. On the right, the models
+# that read text: the share of pictures in which digit, stroke and background are all right, at
+# guidance 3, as `python experiments/distillation.py` left it in `experiments/distillation.json`.
 # There the teacher's 4 steps, in 8 passes, are as right as the student's in 4; below that it falls
 # off, and students do not.
 
@@ -375,7 +375,7 @@ axes[1].set(title="digits, from the file", ylabel="share all right (higher is be
 pyplot.show()
 
 # %% [markdown]
-# The commands that trained the students are in the README under "Few steps"; `python train.py
+# The commands that trained the students are in `docs/models.md`; `python train.py
 # progressive --model M` makes some of any model that jaxsd loads and that does not predict
 # $\epsilon$, and `--convert-steps` turns one that does.
 

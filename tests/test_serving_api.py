@@ -20,6 +20,7 @@ from jaxsd.serving.batching import Worker
 from jaxsd.serving.kept import Kept
 from jaxsd.serving.limits import Limits
 from jaxsd.serving.models import Served
+from jaxsd.serving.page import mount
 from jaxsd.serving.service import Service
 
 LIMITS = Limits(upload_bytes=100_000, upload_pixels=100_000, waiting=16)
@@ -313,6 +314,35 @@ def test_pages_of_other_sites_get_nothing(service, headers, status):
     if status == 403:
         assert answer.json()["error"]["code"] == "foreign_site"
         assert "content-security-policy" in answer.headers
+
+
+@pytest.mark.parametrize("last", ["goes away", "is too large"])
+def test_an_upload_that_breaks_off_leaves_nothing(service, tmp_path, monkeypatch, last):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    body = b'--b\r\ncontent-disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    left = [{"type": "http.request", "body": body + bytes(9999), "more_body": True}]
+    if last == "is too large":
+        end = b"\r\n--b\r\n".join([b"", body[5:] + bytes(LIMITS.upload_bytes // 2)])
+        left += [left[0] | {"body": end}] * 9
+    left.append({"type": "http.disconnect"})
+    said = []
+
+    async def receive():
+        return left.pop(0)
+
+    async def send(message):
+        said.append(message)
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+    scope |= {"query_string": b"", "scheme": "http", "server": ("127.0.0.1", 80)}
+
+    async def upload():
+        await mount(make_app(service), service)(scope, receive, send)
+
+    asyncio.run(upload())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [m["status"] for m in said if "status" in m] == [400 if last == "goes away" else 413]
 
 
 # --- When there is too much to do -------------------------------------------------------------

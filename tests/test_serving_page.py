@@ -1,6 +1,5 @@
 """The page in headless Chromium, which has no network but this machine."""
 
-import asyncio
 import base64
 import io
 import shutil
@@ -14,11 +13,10 @@ from test_serving import PROMPTS, lone, mask, scan
 from test_serving_api import bomb, picture
 
 import jaxsd
-from jaxsd.serving.api import make_app
 from jaxsd.serving.batching import Worker
 from jaxsd.serving.limits import Limits
 from jaxsd.serving.models import Served
-from jaxsd.serving.page import made_for, mount
+from jaxsd.serving.page import made_for
 from jaxsd.serving.panels import escape
 from jaxsd.serving.server import Server, address, listen
 from jaxsd.serving.service import Service
@@ -324,35 +322,6 @@ def test_what_a_student_has_of_its_own(service):
     assert made_for(service.model("digits-4step")) == {"steps", "sampler"}
     classes = Served("digits-ddpm-4step", jaxsd.load("digits-ddpm-4step"))
     assert made_for(classes) == {"steps", "sampler", "guidance_scale"}
-
-
-@pytest.mark.parametrize("last", ["goes away", "is too large"])
-def test_an_upload_that_breaks_off_leaves_nothing(service, tmp_path, monkeypatch, last):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    body = b'--b\r\ncontent-disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    left = [{"type": "http.request", "body": body + bytes(9999), "more_body": True}]
-    if last == "is too large":
-        end = b"\r\n--b\r\n".join([b"", body[5:] + bytes(LIMITS.upload_bytes // 2)])
-        left += [left[0] | {"body": end}] * 9
-    left.append({"type": "http.disconnect"})
-    said = []
-
-    async def receive():
-        return left.pop(0)
-
-    async def send(message):
-        said.append(message)
-
-    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
-    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
-    scope |= {"query_string": b"", "scheme": "http", "server": ("127.0.0.1", 80)}
-
-    async def upload():
-        await mount(make_app(service), service)(scope, receive, send)
-
-    asyncio.run(upload())
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [m["status"] for m in said if "status" in m] == [400 if last == "goes away" else 413]
 
 
 def test_words_do_not_become_code():

@@ -119,7 +119,8 @@ class Endpoint:
             watching.cancel()
         data = []
         for request, picture in zip(requests, pictures, strict=True):
-            file = file_of(model, request, picture)
+            # In a thread: to compress a large one takes long, and the others' answers would wait
+            file = await asyncio.to_thread(file_of, model, request, picture)
             if body.response_format == "url":
                 where = {"url": str(http.url_for("picture", name=self._kept.add(file)))}
             else:

@@ -250,7 +250,7 @@ async def _draw(
         panel.request = await asyncio.to_thread(lambda: model.request(**asked))
         changed.set()
         (picture,) = await service.draw(model, [panel.request], on_frame)
-        panel.finish(model, picture)
+        await asyncio.to_thread(panel.finish, model, picture)  # it compresses
     except JaxsdError as error:
         panel.said = str(error)
     except Exception:

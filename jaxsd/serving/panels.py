@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jaxsd.pictures import png, to_pil
-from jaxsd.serving.models import Request
+from jaxsd.serving.models import Request, Served
 from jaxsd.serving.service import file_of
 
 TINY = 128  # pictures up to this side are shown with their pixels as squares, and never compressed
@@ -43,15 +43,16 @@ class Panel:
         self.frames.append(address if tiny else _webp(picture, THUMBNAIL))
         self.shown = _img(address, "on the way", tiny)
 
-    def finish(self, model: object, picture: np.ndarray) -> None:
+    def finish(self, model: Served, picture: np.ndarray) -> None:
         assert self.request is not None
-        self.file, self.done = file_of(model, self.request, picture), 1.0  # pyright: ignore
-        address, tiny = address_of(self.file, "png"), max(picture.shape[:2]) <= TINY
+        file = file_of(model, self.request, picture)
+        address, tiny = address_of(file, "png"), max(picture.shape[:2]) <= TINY
         name = f"{self.name.replace('/', '-')}-seed{self.request.seed}.png"
         self.shown = (
             f'<a href="{address}" download="{escape(name)}" title="Save the picture">'
             f"{_img(address, self.request.prompt, tiny)}</a>"
         )
+        self.file, self.done = file, 1.0  # last, since another thread may be showing it
 
     def html(self) -> str:
         title = f"<h3>{escape(self.name)}</h3>"

@@ -1,5 +1,6 @@
 """Where a training ran, each time it was started: `environment.json` in its folder."""
 
+import contextlib
 import datetime
 import functools
 import platform
@@ -24,7 +25,9 @@ def environment() -> dict[str, Any]:
     devices = jax.devices()
     kinds = sorted({device.device_kind for device in devices})
     found = {"jaxsd": __version__, "python": platform.python_version()}
-    found |= {name: metadata.version(name) for name in LIBRARIES}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # built from a checkout, say
+            found[name] = metadata.version(name)
     found["platform"] = platform.platform()
     found["devices"] = f"{len(devices)} x {', '.join(kinds)} ({jax.default_backend()})"
     found["processes"] = str(jax.process_count())

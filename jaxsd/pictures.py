@@ -1,5 +1,6 @@
 """Pictures in and out: files and PIL images to arrays, and small things done with pixels."""
 
+import base64
 import io
 import json
 import math
@@ -157,6 +158,18 @@ def png(picture: Image.Image | np.ndarray, notes: Mapping[str, Any] | None = Non
     file = io.BytesIO()
     image.save(file, format="PNG", pnginfo=info)
     return file.getvalue()
+
+
+def webp(image: Image.Image) -> bytes:
+    """A small WebP file, which loses a little."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="WEBP", quality=80)
+    return file.getvalue()
+
+
+def data_address(file: bytes, kind: str) -> str:
+    """A picture's file, png or webp, as an address that holds it: for HTML in one piece."""
+    return f"data:image/{kind};base64,{base64.b64encode(file).decode('ascii')}"
 
 
 def write_png(

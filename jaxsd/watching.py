@@ -3,7 +3,6 @@
 images = pipe("a red seven", seeds=[0, 1], callback=jaxsd.watch(pipe, every=5))
 """
 
-import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxsd.errors import JaxsdError
 from jaxsd.networks import Callback, Networks
-from jaxsd.pictures import enlarged, tile, to_pil
+from jaxsd.pictures import enlarged, png, tile
 from jaxsd.previews import previewer
 from jaxsd.terminal.screen import open_screen
 
@@ -70,9 +69,7 @@ class _Notebook:
     def show(self, picture: np.ndarray) -> None:
         from IPython.display import Image, display
 
-        stream = io.BytesIO()
-        to_pil(enlarged(picture, SIDE, SIDE)).save(stream, format="PNG")
-        image = Image(stream.getvalue(), format="png")
+        image = Image(png(enlarged(picture, SIDE, SIDE)), format="png")
         if self._handle is None:
             self._handle = display(image, display_id=True)
         else:

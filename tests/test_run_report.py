@@ -25,7 +25,7 @@ from jaxsd.cli import run_command
 from jaxsd.cli.recipes.progressive import Progressive
 from jaxsd.cli.train import run as run_recipe
 from jaxsd.pictures import write_png
-from jaxsd.run_report.curves import BINS, Curve, chart, smoothed, thinned
+from jaxsd.run_report.curves import BINS
 from jaxsd.training import Evaluator
 from jaxsd.training.logs import Report, open_log
 from jaxsd.weights import read_json, write_json
@@ -193,16 +193,22 @@ def test_one_that_was_interrupted_has_what_it_had(tmp_path, whole):
     assert starts[1]["time"] in page.sections["Environment"]
 
 
-def test_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
-    """However often something is measured: made every second, it may take a twentieth of one."""
+def writing_takes(seconds, monkeypatch):
+    """The time, which only moves with a page or when it is told to; and when pages were made."""
     now, made = [0.0], []
 
     def write(workdir):
         made.append(now[0])
-        now[0] += 2.0
+        now[0] += seconds
 
     monkeypatch.setattr("jaxsd.training.logs.time.monotonic", lambda: now[0])
     monkeypatch.setattr(run_report, "write", write)
+    return now, made
+
+
+def test_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    """However often something is measured: made every second, it may take a twentieth of one."""
+    now, made = writing_takes(2.0, monkeypatch)
     report = Report(tmp_path)
     for step in range(1, 101):
         report.scalars(step, {"eval/loss": 1.0})
@@ -215,14 +221,7 @@ def test_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
 
 
 def test_a_page_that_takes_long_is_made_seldom(tmp_path, monkeypatch):
-    now, made = [0.0], []
-
-    def write(workdir):
-        made.append(now[0])
-        now[0] += 10.0
-
-    monkeypatch.setattr("jaxsd.training.logs.time.monotonic", lambda: now[0])
-    monkeypatch.setattr(run_report, "write", write)
+    now, made = writing_takes(10.0, monkeypatch)
     report = Report(tmp_path)
     for step in range(1, 1001):
         report.scalars(step, {"loss": 1.0})
@@ -421,52 +420,6 @@ def test_recipes_say_what_their_stages_are(tmp_path, monkeypatch):
     )
     run_recipe(Progressive(workdir=tmp_path / "b", report=False, **how))
     assert not (tmp_path / "b" / "stages.json").exists()
-
-
-# --- Curves ----------------------------------------------------------------------------------
-
-
-def test_thinned_curves_keep_ends_of_each_bin_and_gaps():
-    rng = np.random.default_rng(0)
-    points = [(i, float(v)) for i, v in enumerate(rng.standard_normal(7000))]
-    points[3000:4000] = [(i, math.nan) for i in range(3000, 4000)]
-    few = thinned(points)
-    finite = [p for p in few if math.isfinite(p[1])]
-    assert len(few) <= 2 * BINS and few == sorted(few, key=lambda p: p[0])
-    assert set(finite) <= set(points) and len(few) > len(finite)
-    every = [v for _, v in points if math.isfinite(v)]
-    assert {min(every), max(every)} <= {v for _, v in finite}
-    assert thinned(points[:100]) == points[:100]
-
-
-def test_smoothing_is_an_average():
-    flat = smoothed([(i, 3.0) for i in range(50)], 10.0)
-    assert all(v == pytest.approx(3.0) for _, v in flat)
-    points = [(0, 1.0), (1, math.nan), (2, 4.0)]
-    (_, a), (_, b), (_, c) = smoothed(points, 2.0)
-    assert a == 1 and math.isnan(b) and c == pytest.approx((0.5 * 0.5 * 1 + 0.5 * 4) / 0.75)
-
-
-@pytest.mark.parametrize("logarithmic", [False, True])
-@pytest.mark.parametrize(
-    "values",
-    [
-        [1.0],
-        [0.0],
-        [5e-324, 1e-323],
-        [1.0, 1.0 + 2**-52],
-        [1e-300, 1e300],
-        [-1e308, 1e308],
-        [1e16, 1e16 + 2],
-        [math.nan, 2.0, math.inf],
-    ],
-)
-def test_any_numbers_can_be_drawn(values, logarithmic):
-    drawn = chart("any", [Curve("any", list(enumerate(values)), "c0")], logarithmic)
-    assert "nan" not in drawn and "inf" not in drawn
-    for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", drawn):
-        assert 0 <= float(x) <= 960 and 0 <= float(y) <= 300
-    assert bool(drawn) == any(math.isfinite(v) and (v > 0 or not logarithmic) for v in values)
 
 
 def test_the_command_needs_no_jax(whole):

@@ -1,11 +1,9 @@
-"""The endpoint as OpenAI's clients use it, without a port: requests, refusals, and ten at once."""
+"""The endpoint as OpenAI's clients use it, without a port: requests, refusals, ten at once."""
 
 import asyncio
 import base64
-import dataclasses
 import io
 import json
-import threading
 import zlib
 
 import httpx
@@ -36,17 +34,24 @@ def service():
     service.worker.stop()
 
 
+def with_client(service, use):
+    async def run():
+        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
 def talk(service, *calls):
     """Answers to requests that are made at once: (method, path, arguments of httpx)."""
 
-    async def all_of_them():
-        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await asyncio.gather(
-                *[client.request(method, path, **more) for method, path, more in calls]
-            )
+    def all_of_them(client):
+        return asyncio.gather(
+            *[client.request(method, path, **more) for method, path, more in calls]
+        )
 
-    return asyncio.run(all_of_them())
+    return with_client(service, all_of_them)
 
 
 def ask(service, **body):
@@ -343,141 +348,3 @@ def test_an_upload_that_breaks_off_leaves_nothing(service, tmp_path, monkeypatch
     asyncio.run(upload())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [m["status"] for m in said if "status" in m] == [400 if last == "goes away" else 413]
-
-
-# --- When there is too much to do -------------------------------------------------------------
-
-
-class Gated(Served):
-    """Draws when the gate opens."""
-
-    gate, begun = threading.Event(), threading.Event()
-    fails = False
-
-    def draw(self, requests, watch=None):
-        self.begun.set()
-        assert self.gate.wait(30)
-        if self.fails:
-            raise ZeroDivisionError("a secret of the machine")
-        return super().draw(requests, watch)
-
-
-@pytest.fixture
-def gated(request):
-    limits = dataclasses.replace(LIMITS, waiting=3, timeout=getattr(request, "param", 60.0))
-    model = Gated("slow", jaxsd.load("digits-4step"), limits, batch_size=1)
-    model.gate.clear(), model.begun.clear()
-    service = Service({"slow": model}, Worker(limits.waiting), limits)
-    yield service
-    model.gate.set()
-    service.worker.stop()
-
-
-async def wait_for(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come")
-
-
-def with_client(service, use):
-    async def run():
-        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await use(client)
-
-    return asyncio.run(run())
-
-
-BODY = {"prompt": "a red seven", "seed": 1}
-
-
-def test_what_there_will_never_be_room_for_is_refused(gated):
-    answer = ask(gated, n=4)
-    assert answer.status_code == 400 and "n must be from 1 to 3, not 4" in answer.text
-
-
-def test_a_full_queue_says_when_to_come_back(gated):
-    async def use(client):
-        first = asyncio.create_task(client.post(URL, json=BODY))
-        await wait_for(gated.first.begun.is_set)
-        others = [asyncio.create_task(client.post(URL, json=BODY)) for _ in range(3)]
-        await wait_for(lambda: gated.worker.waiting == 3)
-        refused = await client.post(URL, json=BODY)
-        gated.first.gate.set()
-        return refused, await asyncio.gather(first, *others)
-
-    refused, answers = with_client(gated, use)
-    assert refused.status_code == 503
-    assert 1 <= int(refused.headers["retry-after"]) <= 60
-    error = refused.json()["error"]
-    assert error["code"] == "server_overloaded"
-    assert error["message"].startswith("3 pictures wait already, and 3 are the most: ask again in")
-    assert [answer.status_code for answer in answers] == [200] * 4
-    assert len({answer.json()["data"][0]["b64_json"] for answer in answers}) == 1
-
-
-@pytest.mark.parametrize("gated", [0.5], indirect=True)
-def test_what_takes_too_long_is_given_up(gated):
-    async def use(client):
-        answer = await client.post(URL, json=BODY)
-        return answer, gated.worker.waiting
-
-    answer, waiting = with_client(gated, use)
-    assert answer.status_code == 504 and waiting == 0
-    assert "not there in 0.5 s" in answer.json()["error"]["message"]
-
-
-def test_who_goes_away_gives_up_the_place(gated):
-    """As uvicorn tells it: the body, and later that the client is gone."""
-
-    async def use(client):
-        app, gone = make_app(gated), asyncio.Event()
-        first = asyncio.create_task(client.post(URL, json=BODY))
-        await wait_for(gated.first.begun.is_set)
-        body = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
-        sent = []
-
-        async def receive():
-            if body:
-                return body.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            sent.append(message)
-
-        headers = [(b"content-type", b"application/json"), (b"host", b"test")]
-        scope = {
-            "type": "http", "method": "POST", "path": URL, "raw_path": URL.encode(),
-            "query_string": b"", "headers": headers, "scheme": "http", "http_version": "1.1",
-            "server": ("test", 80), "client": ("test", 1), "root_path": "",
-        }  # fmt: skip
-        leaving = asyncio.create_task(app(scope, receive, send))
-        await wait_for(lambda: gated.worker.waiting == 1)
-        gone.set()
-        await wait_for(lambda: gated.worker.waiting == 0)
-        gated.first.gate.set()
-        await leaving
-        return await first, sent
-
-    answer, sent = with_client(gated, use)
-    assert answer.status_code == 200 and sent[0]["status"] == 499
-
-
-def test_a_fault_of_the_server_tells_nothing_of_it(gated, caplog):
-    gated.first.gate.set()
-    gated.first.fails = True
-    answer = ask(gated)
-    assert answer.status_code == 500 and "secret" not in answer.text
-    assert answer.json()["error"]["type"] == "server_error"
-    assert "a secret of the machine" in caplog.text
-
-
-def test_a_server_that_stops_says_so(gated):
-    gated.worker.stop()
-    answer, health = talk(gated, ("POST", URL, {"json": BODY}), ("GET", "/health", {}))
-    assert answer.status_code == 503 and answer.headers["retry-after"] == "60"
-    assert "the server is stopping" in answer.json()["error"]["message"]
-    assert health.status_code == 503 and health.json()["status"] == "stopping"

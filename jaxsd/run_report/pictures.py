@@ -1,6 +1,5 @@
 """Pictures inside the page: the files' own bytes, or a smaller picture where these are many."""
 
-import base64
 import functools
 import io
 from html import escape
@@ -9,11 +8,11 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from jaxsd.pictures import check_size
+from jaxsd.pictures import check_size, data_address, webp
 
 SHOWN = 12  # of each name, evenly spaced over the steps, the first and the last among them
 WHOLE = 300_000  # bytes of a file up to which it is embedded as it is
-SIDE, QUALITY = 640, 80  # of what stands for a larger one, a WebP
+SIDE = 640  # of what stands for a larger one, a WebP
 BUDGET = 6_000_000  # bytes of all pictures of a page; a third more as base64
 
 
@@ -49,7 +48,7 @@ class Album:
         if len(data) > self._left:
             return None
         self._left -= len(data)
-        source = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+        source = data_address(data, kind)
         times = max(1, 256 // max(width, height))
         size = f'width="{width * times}" height="{height * times}"'
         place = quote(file.relative_to(self._top).as_posix())
@@ -77,6 +76,4 @@ def embedded(file: Path, changed: int, size: int) -> tuple[str, bytes, int, int]
         if len(data) <= WHOLE:
             return "png", data, width, height
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        stream = io.BytesIO()
-        image.convert("RGB").save(stream, format="WEBP", quality=QUALITY)
-    return "webp", stream.getvalue(), *image.size
+        return "webp", webp(image), *image.size

@@ -1,15 +1,13 @@
 """What the page shows of a picture that is being drawn, as HTML with the pictures inside it."""
 
-import base64
 import dataclasses
 import html
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from jaxsd.pictures import png, to_pil
+from jaxsd.pictures import data_address, png, to_pil, webp
 from jaxsd.serving.models import Request, Served
 from jaxsd.serving.service import file_of
 
@@ -39,14 +37,14 @@ class Panel:
         """A picture on the way."""
         tiny = max(picture.shape[:2]) <= TINY
         self.done = step / (count + 1)
-        address = address_of(png(picture), "png") if tiny else _webp(picture)
+        address = data_address(png(picture), "png") if tiny else _webp(picture)
         self.frames.append(address if tiny else _webp(picture, THUMBNAIL))
         self.shown = _img(address, "on the way", tiny)
 
     def finish(self, model: Served, picture: np.ndarray) -> None:
         assert self.request is not None
         file = file_of(model, self.request, picture)
-        address, tiny = address_of(file, "png"), max(picture.shape[:2]) <= TINY
+        address, tiny = data_address(file, "png"), max(picture.shape[:2]) <= TINY
         name = f"{self.name.replace('/', '-')}-seed{self.request.seed}.png"
         self.shown = (
             f'<a href="{address}" download="{escape(name)}" title="Save the picture">'
@@ -82,16 +80,11 @@ def together(panels: Sequence[Panel]) -> str:
     return f'<div class="jaxsd-panels" aria-live="polite">{inside}</div>'
 
 
-def address_of(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def _webp(picture: np.ndarray, side: int | None = None) -> str:
-    image, file = to_pil(picture), io.BytesIO()
+    image = to_pil(picture)
     if side is not None:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    image.save(file, "WEBP", quality=80)
-    return address_of(file.getvalue(), "webp")
+    return data_address(webp(image), "webp")
 
 
 def _img(address: str, alt: str, tiny: bool) -> str:

@@ -5,11 +5,10 @@ https://iterm2.com/documentation-images.html.
 """
 
 import base64
-import io
 
 import numpy as np
 
-from jaxsd.pictures import to_pil
+from jaxsd.pictures import png
 
 PIECE = 4096  # the most characters of base64 in one of kitty's sequences
 
@@ -20,7 +19,7 @@ def kitty(picture: np.ndarray, number: int, rows: int | None = None) -> str:
     number: in [1, 2^32), the picture's name in the terminal. What was shown under it goes away.
     rows: scaled to so many lines.
     """
-    data = base64.b64encode(_png(picture)).decode("ascii")
+    data = base64.b64encode(png(picture)).decode("ascii")
     pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)]
     # q=2: no answer, which would be taken for what the user types; C=1: the cursor stays
     keys = f"a=T,f=100,i={number},p=1,q=2,C=1,{'' if rows is None else f'r={rows},'}"
@@ -33,12 +32,6 @@ def kitty(picture: np.ndarray, number: int, rows: int | None = None) -> str:
 
 def iterm2(picture: np.ndarray, rows: int) -> str:
     """The picture [h, w, 1 or 3], uint8, `rows` lines high; the cursor goes past its end."""
-    png = _png(picture)
-    keys = f"inline=1;size={len(png)};height={rows};preserveAspectRatio=1"
-    return f"\x1b]1337;File={keys}:{base64.b64encode(png).decode('ascii')}\x07"
-
-
-def _png(picture: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    to_pil(picture).save(stream, format="PNG")
-    return stream.getvalue()
+    file = png(picture)
+    keys = f"inline=1;size={len(file)};height={rows};preserveAspectRatio=1"
+    return f"\x1b]1337;File={keys}:{base64.b64encode(file).decode('ascii')}\x07"

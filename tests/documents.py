@@ -29,9 +29,8 @@ INLINE = re.compile(r"(?<!`)`((?:PYTHONPATH=\S+ )?(?:python|jaxsd) [^`\n]+)`(?!`
 ENTRIES = ("sample.py", "train.py")  # whose options are read elsewhere
 NOT_CODE = ("text", "json", "{toctree}", "{eval-rst}", "{include}")  # of fences: what nobody types
 SCRIPT = "script"  # of experiments/, benchmarks/ or tests/
-# Hours of work, gigabytes, or no end: their options are read, and no more is done
-READ_ONLY = (SCRIPT, "compare", "evaluate", "serve")
-FULL_SIZE = {"model.ckpt", "model.safetensors"}
+# Hours of work, gigabytes, or no end: blocks with these must say so
+NEVER_RUN = (SCRIPT, "compare", "evaluate", "serve")
 # What a reader's model is asked for, and the tiny one that takes its place can do
 SMALLER = {"--resolution": "64", "--height": "8", "--width": "8", "--count": "8"}
 SHOWN = {"pictures/", "captioned/", "cat/"}  # of 64 pixels, on the desk
@@ -147,8 +146,8 @@ def perform(words: list[str]) -> None:
     if known is None:
         raise AssertionError(f"nothing here runs {shlex.join(words)}")
     name, rest = known
-    if name in READ_ONLY or not FULL_SIZE.isdisjoint(rest):
-        return parse(without_environment(words))
+    if name in NEVER_RUN:
+        raise AssertionError(f"{shlex.join(words)} takes more than a test has")
     for option, value in SMALLER.items():
         if option in rest:
             rest[rest.index(option) + 1] = value

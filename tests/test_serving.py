@@ -35,6 +35,8 @@ def pixels():
 def lone(served, prompt, seed, height=32, width=32, **asked):
     """What the pipeline's own call draws of one seed, computing as many as the server does."""
     seeds = [seed] * served.batch_size
+    if "image" in asked:  # encoded as often, too
+        asked["image"] = [asked["image"]] * served.batch_size
     return np.asarray(served.pipe(prompt, seeds=seeds, height=height, width=width, **asked)[0])
 
 

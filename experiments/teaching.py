@@ -3,8 +3,9 @@
 `python experiments/teaching.py letter` trains in runs/teaching and keeps each row in
 experiments/teaching.json as soon as it is measured, so that it goes on where it was stopped;
 `--minutes 5` stops between two rows. `--only lora` chooses ways; `--no-measure` prints what is
-known. `ink` is the same for an ink. What each concept looks like, how it is asked for and who
-recognises it: `concepts.py`.
+known. `amber` and `lilac` are the same for an ink, one near to those that the model knows and one
+far from them. What each concept looks like, how it is asked for and who recognises it:
+`concepts.py`.
 
 What is asked of each model, always by 10 steps of DDIM at guidance 3:
 
@@ -13,8 +14,8 @@ What is asked of each model, always by 10 steps of DDIM at guidance 3:
 - the ten digits, in all colours: what was forgotten is what is no longer right;
 - the class, "a digit": how often it has become the concept.
 
-Settings were chosen with another letter (X) and another ink (ember), before any picture of these
-was drawn.
+Settings were chosen with another letter (X) and other inks (ember for lilac, vermilion for the
+textual inversion of amber), before any picture of these was drawn.
 """
 
 import dataclasses
@@ -91,13 +92,19 @@ class Options:
         return KINDS[self.kind](self.name)
 
 
-INK = Options(
-    kind="ink",
-    name="lilac",
-    design=Design(inversion_rate=5e-2),
-    runs=Path("runs/teaching-ink"),
-    results=HERE / "teaching-ink.json",
-    image=IMAGES / "teaching-ink.png",
+AMBER, LILAC = (
+    Options(
+        kind="ink",
+        name=name,
+        design=design,
+        runs=Path(f"runs/teaching-{name}"),
+        results=HERE / f"teaching-{name}.json",
+        image=IMAGES / f"teaching-{name}.png",
+    )
+    for name, design in (
+        ("amber", Design(inversion_steps=1000)),
+        ("lilac", Design(inversion_rate=5e-2)),
+    )
 )
 
 
@@ -281,6 +288,10 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     main(
         tyro.extras.overridable_config_cli(
-            {"letter": ("A letter: a new shape.", Options()), "ink": ("A new ink.", INK)}
+            {
+                "letter": ("A letter: a new shape.", Options()),
+                "amber": ("An ink near to two known ones.", AMBER),
+                "lilac": ("An ink far from all known ones.", LILAC),
+            }
         )
     )

@@ -22,7 +22,7 @@ concepts, inks, letters, recognition, script = (
     importlib.import_module(name)
     for name in ("concepts", "inks", "letters", "recognition", "teaching")
 )
-CONCEPTS = (script.Options(), script.INK)
+CONCEPTS = (script.Options(), script.AMBER, script.LILAC)
 
 
 SCANS = digits.load_scans("train")[0][:30]
@@ -97,7 +97,7 @@ def test_the_judge_of_inks_reads_as_the_usual_one():
     assert (seen.digits == recognition.judges().predict(2 * scans - 1)).all()
 
 
-@pytest.mark.parametrize("options", CONCEPTS, ids=lambda options: options.kind)
+@pytest.mark.parametrize("options", CONCEPTS, ids=lambda options: options.name)
 def test_what_is_asked_says_what_is_free(options):
     concept, rng = options.concept, np.random.default_rng(0)
     prompts, wanted = concept.full_prompts(concept.rare, 20, rng)
@@ -111,7 +111,7 @@ def test_what_is_asked_says_what_is_free(options):
     assert concept.begin in {*digits.COLOUR_NAMES, "digit"}
 
 
-@pytest.mark.parametrize("options", CONCEPTS, ids=lambda options: options.kind)
+@pytest.mark.parametrize("options", CONCEPTS, ids=lambda options: options.name)
 def test_every_way_is_a_command(options, tmp_path):
     ways = script.all_ways(options.concept, options.design, tmp_path)
     assert ways[0].name == script.BEFORE
@@ -121,7 +121,7 @@ def test_every_way_is_a_command(options, tmp_path):
         assert recipe.seed == 1
 
 
-@pytest.mark.parametrize("options", CONCEPTS[:1], ids=lambda options: options.kind)
+@pytest.mark.parametrize("options", CONCEPTS, ids=lambda options: options.name)
 def test_what_is_published_is_known(options):
     weights = script.digest(script.jaxsd.load("digits").params["unet"])
     rows, concept = script.Rows(options, weights), options.concept

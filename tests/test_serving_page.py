@@ -21,6 +21,8 @@ from jaxsd.serving.panels import escape
 from jaxsd.serving.server import Server, address, listen
 from jaxsd.serving.service import Service
 
+pytestmark = pytest.mark.slow  # a browser
+
 LIMITS = Limits(upload_pixels=100_000)
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -6,6 +6,8 @@ import sys
 import documents
 import pytest
 
+pytestmark = pytest.mark.slow  # half a minute, whatever is asked of it
+
 PAGES = ("index", "install", "migration", "architecture", "api/pipeline", "contributing")
 
 

@@ -16,6 +16,7 @@ from jaxsd.errors import JaxsdError
 from jaxsd.writing import Writer, one_ahead
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
 

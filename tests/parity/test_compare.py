@@ -313,6 +313,7 @@ def test_every_class(name, tmp_path, cache, capsys):
     assert 0 < section["float32"]["worst_relative"] <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_single_file(sd1, tmp_path, capsys):
     file = tmp_path / "sd1.safetensors"
     convert(sd1, file)

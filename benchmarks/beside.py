@@ -21,10 +21,12 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
+from latents import Recipe
 from sides import Work
 
 from jaxsd.compilation_cache import default_folder
-from jaxsd.families import FAMILIES
+from jaxsd.families import FAMILIES, Family
+from jaxsd.models import UNetConfig
 from jaxsd.training.throughput import peak_flops
 
 COMPARED = ("text", "unet", "decode")  # which begin with the same, and draw nothing
@@ -35,6 +37,8 @@ Part = Literal["text", "unet", "decode", "image", "train"]
 class Options:
     model: str = "sd1"
     """A family of jaxsd/families.py, of random weights, or a diffusers folder."""
+    narrower: int = 1
+    """Divides the channels of a family's UNet: training at full width takes 30 GB for both."""
     parts: tuple[Part, ...] = ("text", "unet", "decode")
     """Text encoding, a UNet step with guidance, decoding, whole pictures, a training step."""
     peers: tuple[Literal["eager", "compile"], ...] = ("eager",)
@@ -47,6 +51,8 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["none", "selective", "full"] = "full"
     """Of training, what is computed twice; in torch all of it, or nothing."""
+    recipes: tuple[Recipe, ...] = ("text-to-image",)
+    """Of training: text-to-image, and distillations of the model, each a row."""
     rounds: int = 5
     threads: int = os.cpu_count() or 1
     """Of the peer, on CPU."""
@@ -98,7 +104,7 @@ class Side:
 
 
 def measure(
-    options: Options, folder: str, part: Part, batch: int, scratch: Path
+    options: Options, folder: str, part: Part, recipe: Recipe | None, batch: int, scratch: Path
 ) -> list[dict[str, Any]]:
     """A row for each peer."""
     names = ("jaxsd", *options.peers)
@@ -115,7 +121,7 @@ def measure(
         for name in names:
             out = str(scratch / f"{part}-{name}.npy")
             work = Work(folder, part, batch, options.size, options.steps, options.dtype,
-                        options.remat, options.threads, out)  # fmt: skip
+                        options.remat, recipe, options.threads, out)  # fmt: skip
             sides[name] = Side(name, work, environment)
             stack.callback(sides[name].kill)
         first = {name: side.once() for name, side in sides.items()}
@@ -129,7 +135,7 @@ def measure(
         peer = sides[name]
         ratios = np.asarray(ours.seconds) / np.asarray(peer.seconds)
         row = {
-            "part": part, "batch": batch, "peer": name, "device": ours.start["device"],
+            "part": recipe or part, "batch": batch, "peer": name, "device": ours.start["device"],
             "ratio": [float(np.median(ratios)), float(ratios.min()), float(ratios.max())],
             "seconds": {n: float(np.median(sides[n].seconds)) for n in ("jaxsd", name)},
             "first": {n: first[n] for n in ("jaxsd", name)},
@@ -174,6 +180,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def narrowed(family: Family, by: int) -> Family:
+    """The family with a UNet of `by` times fewer channels, heads as many."""
+    assert isinstance(family.unet, UNetConfig)
+    widths = tuple(width // by for width in family.unet.block_out_channels)
+    return dataclasses.replace(
+        family, unet=dataclasses.replace(family.unet, block_out_channels=widths)
+    )
+
+
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model
@@ -182,13 +197,14 @@ def main(options: Options) -> None:
 
             place = options.folder or Path(scratch) / "model"
             if not (place / "model_index.json").exists():
-                write(FAMILIES[options.model], place)
+                write(narrowed(FAMILIES[options.model], options.narrower), place)
             folder = str(place)
         rows = [
             row
             for part in options.parts
+            for recipe in (options.recipes if part == "train" else (None,))
             for batch in options.batches
-            for row in measure(options, folder, part, batch, Path(scratch))
+            for row in measure(options, folder, part, recipe, batch, Path(scratch))
         ]
     print(table(rows))
     if options.json is not None:

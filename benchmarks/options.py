@@ -171,10 +171,43 @@ def of_family(options: Options) -> None:
     for form in FORMS:
         small = eight_bits.quantised(params, form)
         calls[form] = functools.partial(guided, small, inputs(2))
-        error = np.sqrt(np.mean((np.asarray(calls[form]()) - plain) ** 2) / np.mean(plain**2))
+        error = relative_error(calls[form](), plain)
         print(f"| {form} | {temporaries(net, small, inputs(2))} | {error:.4f} |")
     print()
     print_times(calls, options)
+
+    blocks = sorted({block_of(name) for name in params if name.startswith(eight_bits.PARTS)})
+    print("| error of a prediction with one block in eight bits | " + " | ".join(FORMS) + " |")
+    print("| --- |" + " --- |" * len(FORMS))
+    for block in blocks:
+        errors = []
+        for form in FORMS:
+            told = guided(in_eight_bits(params, block, form), inputs(2))
+            errors.append(f"{relative_error(told, plain):.4f}")
+        print(f"| {block} | {' | '.join(errors)} |")
+
+
+def block_of(name: str) -> str:
+    """down_blocks.0, mid_block, up_blocks.3"""
+    parts = name.split(".")
+    return parts[0] if parts[0] == "mid_block" else ".".join(parts[:2])
+
+
+def in_eight_bits(params: Params, block: str, form: str) -> Params:
+    """All in float32, those of one block as eight bits have rounded them."""
+    own = {name: weight for name, weight in params.items() if block_of(name) == block}
+    small = eight_bits.quantised(own, form)
+    kept = (name for name in own if name + eight_bits.SUFFIX in small)
+    restored = {
+        name: eight_bits.Eight(small[name], small[name + eight_bits.SUFFIX]).at_work(own[name])
+        for name in kept
+    }
+    return {**params, **restored}
+
+
+def relative_error(found: jax.Array, wanted: np.ndarray) -> float:
+    """RMS of the difference as a share of the RMS of what was wanted."""
+    return float(np.sqrt(np.mean((np.asarray(found) - wanted) ** 2) / np.mean(wanted**2)))
 
 
 def program(ask: Callable) -> Any:

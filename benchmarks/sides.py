@@ -31,6 +31,7 @@ class Work:
     steps: int
     dtype: str
     remat: str  # of train
+    recipe: str | None  # of train
     threads: int
     out: str  # where the first result is saved, to compare them
 

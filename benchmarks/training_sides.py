@@ -1,9 +1,11 @@
 """A training step on cached latents by jaxsd and by diffusers' UNet in torch, for `sides.py`.
 
 Both: the whole UNet, float32 parameters, averages of the gradient and its square (AdamW), gradients
-shortened to a norm of 1, and an average of the parameters; computed in `work.dtype`.
+shortened to a norm of 1, and an average of the parameters; computed in `work.dtype`, in which
+teachers are kept. In torch a distillation is what its formulas ask for, at levels of one schedule.
 """
 
+import copy
 import dataclasses
 import time
 from typing import Any
@@ -12,12 +14,13 @@ import numpy as np
 from devices import OnJax, OnTorch
 
 RATE, EMA = 1e-5, 0.999
+TOLD = 256  # channels of the guidance scale that students are told
 
 
 class Jaxsd(OnJax):
     def __init__(self, work: Any):
         import jax
-        from latents import Latents
+        from latents import Latents, objective
 
         from jaxsd import sharding, training
         from jaxsd.components import load_parts
@@ -33,11 +36,12 @@ class Jaxsd(OnJax):
             1000, batch_size=work.batch, learning_rate=RATE, warmup_steps=0, decay="constant",
             ema_decay=EMA, dtype=work.dtype, remat=work.remat,
         )  # fmt: skip
-        goal = Latents(family, work.dtype)
+        goal = objective(work.recipe, family, work.dtype, real=True)
         optimizer = training.make_optimizer(settings)
         mesh = make_mesh(settings, jax.devices()[:1])
         self._state, self._aux = place_state(goal, optimizer, settings, mesh)
-        self._batch = sharding.split(goal.batch(work.batch, work.size), mesh)
+        batch = Latents(family).batch(work.batch, work.size)
+        self._batch = sharding.split(batch, mesh)
         make = training.make_step(goal, optimizer, settings)
         self._step = compile_step(make, self._state, settings)
         self._goal = goal
@@ -48,58 +52,113 @@ class Jaxsd(OnJax):
         return np.asarray(metrics["loss"])
 
     def flops(self) -> float:
-        """Of the gradient: three times the loss, whatever is computed again."""
+        """Of the gradient, whatever is computed again."""
         from jaxsd.objectives import Now
         from jaxsd.training.throughput import count_flops
 
-        goal = self._goal
-        now = Now(self._jax.random.key(0), self._jax.numpy.int32(0))
-        return 3 * count_flops(goal.loss, self._state.params, goal.aux, self._batch, now)
+        jax, goal = self._jax, self._goal
+        now = Now(jax.random.key(0), jax.numpy.int32(0), self._state.ema)
+        gradient = jax.grad(goal.loss, has_aux=True)
+        return count_flops(gradient, self._state.params, goal.aux, self._batch, now)
 
 
 class Diffusers(OnTorch):
     def __init__(self, work: Any, compiled: bool):
         import torch
         from diffusers import UNet2DConditionModel
+        from diffusers.utils import logging
 
         self.imported = time.perf_counter()
         super().__init__(torch, work.threads)
-        unet = UNet2DConditionModel.from_pretrained(work.folder, subfolder="unet")
+        logging.set_verbosity_error()
+        base = UNet2DConditionModel.from_pretrained(work.folder, subfolder="unet")
+        told_scale = UNet2DConditionModel.from_config(base.config, time_cond_proj_dim=TOLD)
+        text_to_image = work.recipe == "text-to-image"
+        unet = base if text_to_image else told_scale
         unet.to(self._device, memory_format=torch.channels_last).train()
         if work.remat != "none":
             unet.enable_gradient_checkpointing()
-        self._parameters = list(unet.parameters())
-        self._average = [p.detach().clone() for p in self._parameters]
-        optimizer = torch.optim.AdamW(
-            self._parameters, RATE, (0.9, 0.99), weight_decay=0, fused=True
-        )
-        side, channels = work.size // work.downscale, unet.config.in_channels
-        text = (work.batch, 77, unet.config.cross_attention_dim)
-        draw = dict(device=self._device)
-        shape = (work.batch, channels, side, side)
-        x, told = torch.randn(shape, **draw), torch.randn(text, **draw)
-        more = {}
-        if unet.config.addition_embed_type == "text_time":
-            ids = torch.full((work.batch, 6), 1024.0, **draw)
-            said = {"text_embeds": torch.randn(work.batch, 1280, **draw), "time_ids": ids}
-            more = {"added_cond_kwargs": said}
-        network = torch.compile(unet) if compiled else unet
+        parameters = list(unet.parameters())
+        averaged = copy.deepcopy(unet).eval().requires_grad_(False)
+        averages = list(averaged.parameters())
+        optimizer = torch.optim.AdamW(parameters, RATE, (0.9, 0.99), weight_decay=0, fused=True)
         dtype = getattr(torch, work.dtype)
+        side, channels = work.size // work.downscale, unet.config.in_channels
+        rows, draw = work.batch, dict(device=self._device)
+        x = torch.randn((rows, channels, side, side), **draw)
+        told: dict[str, Any] = {
+            "encoder_hidden_states": torch.randn(
+                (rows, 77, unet.config.cross_attention_dim), **draw
+            )
+        }
+        if unet.config.addition_embed_type == "text_time":
+            ids = torch.full((rows, 6), 1024.0, **draw)
+            told["added_cond_kwargs"] = {
+                "text_embeds": torch.randn(rows, 1280, **draw),
+                "time_ids": ids,
+            }
+        scale = {} if text_to_image else {"timestep_cond": torch.randn(rows, TOLD, **draw)}
+        make = torch.compile if compiled else lambda module: module
+        network, average = make(unet), make(averaged)
+        teacher = None
+        if not text_to_image:
+            teacher = told_scale if work.recipe == "progressive" else base
+            teacher = copy.deepcopy(teacher).to(
+                self._device, dtype, memory_format=torch.channels_last
+            )
+            teacher = make(teacher.eval().requires_grad_(False))
         half = torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
 
-        def step() -> Any:
-            noise, t = torch.randn_like(x), torch.randint(0, 1000, (work.batch,), **draw)
-            alpha = torch.cos(t / 1000 * 1.57)[:, None, None, None]
-            noisy = alpha * x + (1 - alpha**2) ** 0.5 * noise
+        def ask(module: Any, z: Any, t: Any, **more: Any) -> Any:
             with half:
-                said = network(noisy, t, told, return_dict=False, **more)[0]
-            loss = torch.nn.functional.mse_loss(said.float(), noise)
+                return module(z, t, **told, **more, return_dict=False)[0].float()
+
+        def guided(z: Any, t: Any) -> Any:
+            """The teacher in two passes that are one batch."""
+            twice = _doubled(torch, told)
+            with half:
+                both = teacher(torch.cat([z, z]), torch.cat([t, t]), **twice, return_dict=False)
+            uncond, cond = both[0].float().chunk(2)
+            return uncond + 7.5 * (cond - uncond)
+
+        def level(t: Any) -> tuple[Any, Any]:
+            angle = t[:, None, None, None] / 1000 * 1.57
+            return torch.cos(angle), torch.sin(angle)
+
+        def jump(said: Any, z: Any, t: Any, goal: Any) -> Any:
+            """DDIM from t to goal, by v."""
+            (a, b), (c, d) = level(t), level(goal)
+            return c * (a * z - b * said) + d * (b * z + a * said)
+
+        def loss_of(z: Any, t: Any, noise: Any) -> Any:
+            mse = torch.nn.functional.mse_loss
+            if text_to_image:
+                return mse(ask(network, z, t), noise)
+            if work.recipe == "guided":
+                with torch.no_grad():
+                    target = guided(z, t)
+                return mse(ask(network, z, t, **scale), target)
+            if work.recipe == "progressive":
+                with torch.no_grad():
+                    middle = jump(ask(teacher, z, t, **scale), z, t, 0.75 * t)
+                    said = ask(teacher, middle, 0.75 * t, **scale)
+                    target = jump(said, middle, 0.75 * t, 0.5 * t)
+                return mse(jump(ask(network, z, t, **scale), z, t, 0.5 * t), target)
+            with torch.no_grad():  # consistency
+                nearer = jump(guided(z, t), z, t, 0.9 * t)
+                goal = jump(ask(average, nearer, 0.9 * t, **scale), nearer, 0.9 * t, 0 * t)
+            return mse(jump(ask(network, z, t, **scale), z, t, 0 * t), goal)
+
+        def step() -> Any:
+            noise, t = torch.randn_like(x), torch.rand(rows, **draw) * 999
+            a, b = level(t)
+            loss = loss_of(a * x + b * noise, t, noise)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                torch._foreach_lerp_(self._average, self._parameters, 1 - EMA)
+                torch._foreach_lerp_(averages, parameters, 1 - EMA)
             return loss
 
         self._step = step
@@ -107,3 +166,11 @@ class Diffusers(OnTorch):
 
     def once(self) -> np.ndarray:
         return self._step().detach().cpu().numpy()
+
+
+def _doubled(torch: Any, told: dict[str, Any]) -> dict[str, Any]:
+    """For twice as many rows."""
+    return {
+        name: _doubled(torch, value) if isinstance(value, dict) else torch.cat([value, value])
+        for name, value in told.items()
+    }

@@ -33,9 +33,10 @@ SHIPPED = {
         )
         for n in (8, 4, 2, 1)
     },
+    "digits-4step": Shipped("digits-4step/model", "int8", "digits"),
     **{
-        f"digits-{n}step": Shipped(f"digits-progressive/{n}-steps/model", "int8", "digits")
-        for n in (4, 2, 1)
+        f"digits-{n}step": Shipped(f"digits-fewer/{n}-steps/model", "int8", "digits")
+        for n in (2, 1)
     },
     "digits-lcm": Shipped("digits-lcm/model", "int8", "digits"),
 }

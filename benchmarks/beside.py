@@ -104,7 +104,12 @@ class Side:
 
 
 def measure(
-    options: Options, folder: str, part: Part, recipe: Recipe | None, batch: int, scratch: Path
+    options: Options,
+    folder: str,
+    part: Part,
+    batch: int,
+    scratch: Path,
+    recipe: Recipe | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each peer."""
     names = ("jaxsd", *options.peers)
@@ -204,7 +209,7 @@ def main(options: Options) -> None:
             for part in options.parts
             for recipe in (options.recipes if part == "train" else (None,))
             for batch in options.batches
-            for row in measure(options, folder, part, recipe, batch, Path(scratch))
+            for row in measure(options, folder, part, batch, Path(scratch), recipe)
         ]
     print(table(rows))
     if options.json is not None:

@@ -195,6 +195,8 @@ def narrowed(family: Family, by: int) -> Family:
 
 
 def main(options: Options) -> None:
+    if options.narrower != 1 and options.model not in FAMILIES:
+        raise SystemExit(f"--narrower is of a family, and {options.model} is none")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model
         if options.model in FAMILIES:

@@ -175,15 +175,19 @@ def of_family(options: Options) -> None:
         print(f"| {form} | {temporaries(net, small, inputs(2))} | {error:.4f} |")
     print()
     print_times(calls, options)
+    print_errors_by_block(params, lambda small: guided(small, inputs(2)), plain)
 
+
+def print_errors_by_block(
+    params: Params, ask: Callable[[Params], jax.Array], plain: np.ndarray
+) -> None:
+    """Each block of a UNet in eight bits alone, and what becomes of the prediction `plain`."""
     blocks = sorted({block_of(name) for name in params if name.startswith(eight_bits.PARTS)})
-    print("| error of a prediction with one block in eight bits | " + " | ".join(FORMS) + " |")
+    print(f"| error of a prediction with one block in eight bits | {' | '.join(FORMS)} |")
     print("| --- |" + " --- |" * len(FORMS))
     for block in blocks:
-        errors = []
-        for form in FORMS:
-            told = guided(in_eight_bits(params, block, form), inputs(2))
-            errors.append(f"{relative_error(told, plain):.4f}")
+        small = (in_eight_bits(params, block, form) for form in FORMS)
+        errors = (f"{relative_error(ask(one), plain):.4f}" for one in small)
         print(f"| {block} | {' | '.join(errors)} |")
 
 

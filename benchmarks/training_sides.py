@@ -14,6 +14,7 @@ import numpy as np
 from devices import OnJax, OnTorch
 
 RATE, EMA = 1e-5, 0.999
+SCALE = 7.5  # of guidance
 TOLD = 256  # channels of the guidance scale that students are told
 
 
@@ -72,100 +73,111 @@ class Diffusers(OnTorch):
         super().__init__(torch, work.threads)
         logging.set_verbosity_error()
         base = UNet2DConditionModel.from_pretrained(work.folder, subfolder="unet")
-        told_scale = UNet2DConditionModel.from_config(base.config, time_cond_proj_dim=TOLD)
-        text_to_image = work.recipe == "text-to-image"
-        unet = base if text_to_image else told_scale
-        unet.to(self._device, memory_format=torch.channels_last).train()
+        distilled = work.recipe != "text-to-image"
+        unet = base
+        if distilled:
+            unet = UNet2DConditionModel.from_config(base.config, time_cond_proj_dim=TOLD)
+        last, device = torch.channels_last, self._device
+        unet.to(device, memory_format=last).train()
         if work.remat != "none":
             unet.enable_gradient_checkpointing()
-        parameters = list(unet.parameters())
-        averaged = copy.deepcopy(unet).eval().requires_grad_(False)
-        averages = list(averaged.parameters())
-        optimizer = torch.optim.AdamW(parameters, RATE, (0.9, 0.99), weight_decay=0, fused=True)
+        average = copy.deepcopy(unet).eval().requires_grad_(False)
+        self._parameters, self._averages = list(unet.parameters()), list(average.parameters())
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, RATE, (0.9, 0.99), weight_decay=0, fused=True
+        )
         dtype = getattr(torch, work.dtype)
-        side, channels = work.size // work.downscale, unet.config.in_channels
-        rows, draw = work.batch, dict(device=self._device)
-        x = torch.randn((rows, channels, side, side), **draw)
-        told: dict[str, Any] = {
-            "encoder_hidden_states": torch.randn(
-                (rows, 77, unet.config.cross_attention_dim), **draw
-            )
-        }
-        if unet.config.addition_embed_type == "text_time":
-            ids = torch.full((rows, 6), 1024.0, **draw)
-            told["added_cond_kwargs"] = {
-                "text_embeds": torch.randn(rows, 1280, **draw),
-                "time_ids": ids,
-            }
-        scale = {} if text_to_image else {"timestep_cond": torch.randn(rows, TOLD, **draw)}
+        self._half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         make = torch.compile if compiled else lambda module: module
-        network, average = make(unet), make(averaged)
-        teacher = None
-        if not text_to_image:
-            teacher = told_scale if work.recipe == "progressive" else base
-            teacher = copy.deepcopy(teacher).to(
-                self._device, dtype, memory_format=torch.channels_last
-            )
-            teacher = make(teacher.eval().requires_grad_(False))
-        half = torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
+        self._network, self._average = make(unet), make(average)
+        if distilled:  # by a teacher that guides in two passes, or is told the scale as well
+            teacher = copy.deepcopy(unet) if work.recipe == "progressive" else base
+            teacher = teacher.to(device, dtype, memory_format=last).eval().requires_grad_(False)
+            self._teacher = make(teacher)
+        self._loss = {
+            "text-to-image": self._denoising,
+            "progressive": self._progressive,
+            "guided": self._of_guidance,
+            "consistency": self._consistency,
+        }[work.recipe]
 
-        def ask(module: Any, z: Any, t: Any, **more: Any) -> Any:
-            with half:
-                return module(z, t, **told, **more, return_dict=False)[0].float()
+        rows, side = work.batch, work.size // work.downscale
+        config = unet.config
 
-        def guided(z: Any, t: Any) -> Any:
-            """The teacher in two passes that are one batch."""
-            twice = _doubled(torch, told)
-            with half:
-                both = teacher(torch.cat([z, z]), torch.cat([t, t]), **twice, return_dict=False)
-            uncond, cond = both[0].float().chunk(2)
-            return uncond + 7.5 * (cond - uncond)
+        def drawn(*shape: int) -> Any:
+            return torch.randn(shape, device=device)
 
-        def level(t: Any) -> tuple[Any, Any]:
-            angle = t[:, None, None, None] / 1000 * 1.57
-            return torch.cos(angle), torch.sin(angle)
-
-        def jump(said: Any, z: Any, t: Any, goal: Any) -> Any:
-            """DDIM from t to goal, by v."""
-            (a, b), (c, d) = level(t), level(goal)
-            return c * (a * z - b * said) + d * (b * z + a * said)
-
-        def loss_of(z: Any, t: Any, noise: Any) -> Any:
-            mse = torch.nn.functional.mse_loss
-            if text_to_image:
-                return mse(ask(network, z, t), noise)
-            if work.recipe == "guided":
-                with torch.no_grad():
-                    target = guided(z, t)
-                return mse(ask(network, z, t, **scale), target)
-            if work.recipe == "progressive":
-                with torch.no_grad():
-                    middle = jump(ask(teacher, z, t, **scale), z, t, 0.75 * t)
-                    said = ask(teacher, middle, 0.75 * t, **scale)
-                    target = jump(said, middle, 0.75 * t, 0.5 * t)
-                return mse(jump(ask(network, z, t, **scale), z, t, 0.5 * t), target)
-            with torch.no_grad():  # consistency
-                nearer = jump(guided(z, t), z, t, 0.9 * t)
-                goal = jump(ask(average, nearer, 0.9 * t, **scale), nearer, 0.9 * t, 0 * t)
-            return mse(jump(ask(network, z, t, **scale), z, t, 0 * t), goal)
-
-        def step() -> Any:
-            noise, t = torch.randn_like(x), torch.rand(rows, **draw) * 999
-            a, b = level(t)
-            loss = loss_of(a * x + b * noise, t, noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, parameters, 1 - EMA)
-            return loss
-
-        self._step = step
+        self._x = drawn(rows, config.in_channels, side, side)
+        self._told: dict[str, Any] = {
+            "encoder_hidden_states": drawn(rows, 77, config.cross_attention_dim)
+        }
+        if config.addition_embed_type == "text_time":
+            ids = torch.full((rows, 6), 1024.0, device=device)
+            self._told["added_cond_kwargs"] = {"text_embeds": drawn(rows, 1280), "time_ids": ids}
+        self._scale = {"timestep_cond": drawn(rows, TOLD)} if distilled else {}
         self.loaded = time.perf_counter()
 
     def once(self) -> np.ndarray:
-        return self._step().detach().cpu().numpy()
+        torch, x = self._torch, self._x
+        noise, t = torch.randn_like(x), torch.rand(len(x), device=self._device) * 999
+        alpha, sigma = self._level(t)
+        loss = self._loss(alpha * x + sigma * noise, t, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(self._averages, self._parameters, 1 - EMA)
+        return loss.detach().cpu().numpy()
+
+    def _denoising(self, z: Any, t: Any, noise: Any) -> Any:
+        return self._distance(self._ask(self._network, z, t), noise)
+
+    def _progressive(self, z: Any, t: Any, noise: Any) -> Any:
+        """One step where the teacher takes two."""
+        with self._torch.no_grad():
+            middle = self._jump(self._ask(self._teacher, z, t), z, t, 0.75 * t)
+            said = self._ask(self._teacher, middle, 0.75 * t)
+            target = self._jump(said, middle, 0.75 * t, 0.5 * t)
+        return self._distance(self._jump(self._ask(self._network, z, t), z, t, 0.5 * t), target)
+
+    def _of_guidance(self, z: Any, t: Any, noise: Any) -> Any:
+        with self._torch.no_grad():
+            target = self._guided(z, t)
+        return self._distance(self._ask(self._network, z, t), target)
+
+    def _consistency(self, z: Any, t: Any, noise: Any) -> Any:
+        """The end as seen from here, and by the average from where the teacher's jump leads."""
+        near, end = 0.9 * t, 0 * t
+        with self._torch.no_grad():
+            nearer = self._jump(self._guided(z, t), z, t, near)
+            goal = self._jump(self._ask(self._average, nearer, near), nearer, near, end)
+        return self._distance(self._jump(self._ask(self._network, z, t), z, t, end), goal)
+
+    def _ask(self, module: Any, z: Any, t: Any) -> Any:
+        with self._half:
+            return module(z, t, **self._told, **self._scale, return_dict=False)[0].float()
+
+    def _guided(self, z: Any, t: Any) -> Any:
+        """The teacher in two passes that are one batch."""
+        torch = self._torch
+        twice = _doubled(torch, self._told)
+        with self._half:
+            both = self._teacher(torch.cat([z, z]), torch.cat([t, t]), **twice, return_dict=False)
+        uncond, cond = both[0].float().chunk(2)
+        return uncond + SCALE * (cond - uncond)
+
+    def _distance(self, found: Any, wanted: Any) -> Any:
+        return self._torch.nn.functional.mse_loss(found, wanted)
+
+    def _level(self, t: Any) -> tuple[Any, Any]:
+        angle = t[:, None, None, None] / 1000 * 1.57
+        return self._torch.cos(angle), self._torch.sin(angle)
+
+    def _jump(self, said: Any, z: Any, t: Any, goal: Any) -> Any:
+        """DDIM from t to goal, by v."""
+        (a, b), (c, d) = self._level(t), self._level(goal)
+        return c * (a * z - b * said) + d * (b * z + a * said)
 
 
 def _doubled(torch: Any, told: dict[str, Any]) -> dict[str, Any]:

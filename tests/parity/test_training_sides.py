@@ -26,8 +26,8 @@ def test_a_step_of_each_side(folder, recipe, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     sides, training = (importlib.import_module(name) for name in ("sides", "training_sides"))
     work = sides.Work(str(folder), "train", 1, 32, 1, "float32", "none", recipe, 1, str(tmp_path))
-    for side in (training.Jaxsd(work), training.Diffusers(work, compiled=False)):
+    ours, theirs = training.Jaxsd(work), training.Diffusers(work, compiled=False)
+    for side in (ours, theirs):
         first, second = (float(side.once()) for _ in range(2))
         assert math.isfinite(first) and first > 0 and first != second
-        flops = side.flops()
-        assert flops is None or flops > 1e6
+    assert ours.flops() > 1e6

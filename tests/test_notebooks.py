@@ -3,6 +3,7 @@
 What they claim in words they assert in code, wherever that can be.
 """
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_it_runs_and_leaves_nothing(path, tmp_path, monkeypatch):
     client.execute()  # an error in a cell is raised here, with what the cell printed
     assert files() == before
     assert not [*(tmp_path / "TMPDIR").iterdir()]
+
+
+def test_tables_that_are_read_from_the_docs_are_there():
+    text = (FOLDER.parent / "performance.md").read_text()
+    asked = re.findall(r'table\("([^"]+)"\)', (FOLDER / "7-laptop-to-pod.py").read_text())
+    assert len(asked) == 4
+    for heading in asked:
+        assert text.count(f"\n{heading}") == 1, heading
 
 
 @pytest.fixture

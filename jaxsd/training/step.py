@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsd.kernels import tpu
 from jaxsd.nn import Params, rematerialise
 from jaxsd.objectives import Now, Objective
 from jaxsd.training.names import rate_factors, split_params
@@ -157,9 +158,11 @@ def compiler_options(options: Options, platform: str) -> dict[str, str]:
     XLA's CPU backend removes the barriers between what is computed again and what was computed
     first, and then finds that both are the same: its memory would stay as without `remat`.
     """
-    if options.remat == "none" or platform != "cpu":
-        return {}
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    if platform == "tpu":
+        return tpu.COMPILER_OPTIONS
+    if platform == "cpu" and options.remat != "none":
+        return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    return {}
 
 
 def _computed_in(params: Params, dtype: str) -> Params:

@@ -1,0 +1,44 @@
+"""A training step compiled for chips that are not there: weights gathered, layers in one piece."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from toy import Regression
+
+from jaxsd import kernels, sharding, training
+from jaxsd.training.placement import compile_step, make_mesh, spread
+from jaxsd.training.step import Aux, state_of
+
+WIDTH = 256
+
+
+class Convolved(Regression):
+    """One convolution, its kernel split by channels of the output."""
+
+    def loss(self, params, aux, batch, now):
+        y = kernels.convolution(batch, params["weight"], None, 1, ((1, 1), (1, 1)))
+        return jnp.square(y.astype(jnp.float32)).mean(), {}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_layer_is_not_computed_in_slices(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    options = training.Options(1, batch_size=64, fsdp=8, dtype="bfloat16", ema_decay=0.0)
+    mesh, optimizer = make_mesh(options, topology.devices), training.make_optimizer(options)
+    shape = jax.ShapeDtypeStruct((WIDTH, WIDTH, 3, 3), jnp.float32)
+    state = jax.eval_shape(lambda w: state_of({"weight": w}, optimizer), shape)
+    state = spread(state, options, mesh)
+    rows = NamedSharding(mesh, sharding.ROWS)
+    pictures = jax.ShapeDtypeStruct((64, 32, 32, WIDTH), jnp.bfloat16, sharding=rows)
+    step = compile_step(training.make_step(Convolved(), optimizer, options), state, options)
+    program = step.lower(state, Aux((), {}), pictures).compile().as_text()
+    assert re.search(r"all-gather|async-collective", program)
+    assert "collective-permute" not in program
+    assert len(re.findall(r" convolution\(", program)) == 2  # and the kernel's gradient

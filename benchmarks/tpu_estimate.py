@@ -298,16 +298,21 @@ def collectives(text: str) -> dict[str, list[int]]:
     """Of a compiled program, by kind: the bytes of each, in a chip's view, before any scattering.
 
     A sum of which each chip keeps its piece is a reduce-scatter, however the compiler writes it.
-    What is in the body of a loop is listed once.
+    What is in the body of a loop is listed once. One that goes on beside products is written out
+    in its beginning, in each of these and in its end, all on one channel: that is one, too.
     """
     found: dict[str, list[int]] = collections.defaultdict(list)
-    computation = ""
+    computation, channels = "", set()
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             computation = line
         it = _parse(line)
         match = it and _COLLECTIVE.match(it.op)
         if it and match and match[2] != "-done":
+            channel = it.attribute(r"channel_id=(\d+)")
+            if channel and channel in channels:
+                continue
+            channels.add(channel)
             kind = match[1]
             if kind == "all-reduce" and "all-reduce-scatter" in computation:
                 kind = "reduce-scatter"

@@ -101,6 +101,18 @@ def test_bytes_of_collectives():
     assert found["all-gather"] == [2 * 256 * 8]
 
 
+def test_a_collective_beside_products_is_counted_once():
+    """Its steps are in computations of their own: the same instruction on the same channel."""
+    gather = "  %all-gather.{} = bf16[16,8]{{1,0}} all-gather(%x), channel_id={}, dimensions={{0}}"
+    steps = [
+        f"%fusion.{i} (x: bf16[1,8]) -> bf16[16,8] {{\n{gather.format(i, 7)}\n}}" for i in (1, 2)
+    ]
+    text = "\n".join(
+        [*steps, "ENTRY %main (x: bf16[1,8]) -> bf16[16,8] {", gather.format(3, 8), "}"]
+    )
+    assert estimate.collectives(text) == {"all-gather": [2 * 16 * 8] * 2}
+
+
 def test_bundles_take_the_place_of_cycles():
     counted = estimate.Bundles(always=9000, seldom=600, rounds=4)
     seconds = rows(bundles={"fusion.1": counted})["fusion.1"].seconds

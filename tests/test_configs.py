@@ -61,7 +61,7 @@ def test_absurd_configs(kind):
     rng, refused, slowest = random.Random(0), 0, 0.0
     for i in range(200):
         config = rng.choice(CONFIGS[kind])
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             found = read_config(mutated(config.to_json(), rng), kind, "here/config.json")
         except JaxsdError as error:
@@ -70,10 +70,11 @@ def test_absurd_configs(kind):
             refused += 1
         else:
             make_net(found)  # what is accepted can be built
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
     assert 100 < refused < 200 and slowest < 5
 
 
+@pytest.mark.slow
 def test_the_largest_that_is_accepted_is_built_in_seconds():
     values = FAMILIES["sdxl"].unet.to_json() | {
         "down_block_types": ["CrossAttnDownBlock2D"] * MOST_BLOCKS,
@@ -83,9 +84,9 @@ def test_the_largest_that_is_accepted_is_built_in_seconds():
         "layers_per_block": 10,
         "transformer_layers_per_block": 4,
     }
-    start = time.perf_counter()
+    start = time.process_time()
     assert make_net(read_config(values, "unet")).size > 1e13
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     with pytest.raises(JaxsdError, match="transformer_layers_per_block: over 40"):
         read_config(values | {"transformer_layers_per_block": 5}, "unet")
 

@@ -291,7 +291,9 @@ def latents(words, xl):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("xl", [False, True], ids=["sd", "xl"])
+@pytest.mark.parametrize(
+    "xl", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sd", "xl"]
+)
 def test_every_student_of_every_model(words, xl, kind):
     base, teacher, batch = latents(words, xl)
     student = KINDS[kind](base, teacher)

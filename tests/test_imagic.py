@@ -121,6 +121,7 @@ def test_both_stages_leave_an_edit_curves_and_pictures(whole):
     assert 0 < max(float(jnp.abs(a - b).max()) for a, b in pairs) < 0.01
 
 
+@pytest.mark.slow
 def test_a_killed_one_goes_on_to_the_same_bits(whole, base, picture, tmp_path):
     """In the second stage, after its first checkpoint; the first one is left as it is."""
     cut = tmp_path / "cut"

@@ -155,6 +155,7 @@ def test_no_style_without_words():
     assert "no such difference" in refused(styled, pipe, pipe.noise([0]), "", "red")
 
 
+@pytest.mark.slow
 def test_a_style_recolours_digits_and_leaves_them_be():
     """The shipped model, of scans it was trained on: red strokes become blue."""
     pipe = jaxsd.load("digits")

@@ -124,7 +124,11 @@ def test_names_in_the_file(model):
     assert "first_stage_model.decoder.mid.attn_1.proj_out.weight" in names
 
 
-@pytest.mark.parametrize("how", [{"dtype": jnp.float16}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "how",
+    [{"dtype": jnp.float16}, pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow)],
+    ids=["float16", "bfloat16"],
+)
 def test_converted(model, tmp_path, how):
     """From a folder to a file, to Orbax, to a folder: the same bits, cast once."""
     _, parts, folder, _ = model

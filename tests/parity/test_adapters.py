@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_same_pictures(tmp_path, family):
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()

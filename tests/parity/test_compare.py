@@ -206,10 +206,11 @@ def damaged(folder: Path, copy: Path, part: str, name: str, by: float = 0.2) -> 
 @pytest.mark.parametrize(
     "part, weight, block",
     [
-        (
+        pytest.param(
             "unet",
             "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_v.weight",
             "up_blocks.0.attentions.1.transformer_blocks.0.attn2",
+            marks=pytest.mark.slow,
         ),
         ("vae", "decoder.mid_block.resnets.0.conv2.weight", "decoder.mid_block.resnets.0"),
         ("text_encoder", "encoder.layers.1.mlp.fc2.weight", "text_model.encoder.layers.1.mlp"),
@@ -234,6 +235,7 @@ def with_option(folder: Path, copy: Path, part: str, option: str, value: float) 
     return copy
 
 
+@pytest.mark.slow
 def test_other_heads_are_found(sd1, tmp_path, capsys):
     copy = with_option(sd1, tmp_path / "heads", "unet", "attention_head_dim", 1)
     arguments = (copy, "--reference", sd1, "--components", "unet", "--no-trajectory")

@@ -38,7 +38,12 @@ def one_thread():
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("sd1", "epsilon"), ("sd1", "v_prediction"), ("sdxl", "sample")]
+    ("family", "kind"),
+    [
+        ("sd1", "epsilon"),
+        ("sd1", "v_prediction"),
+        pytest.param("sdxl", "sample", marks=pytest.mark.slow),
+    ],
 )
 def test_the_gradient_of_an_embedding(family, kind, tmp_path, report):
     theirs = PIPELINES[family](**tiny_torch.components(tmp_path / "words", family))

@@ -201,6 +201,7 @@ def test_names_and_shapes_are_those_of_the_file(inception):
     assert len(counters) == 94
 
 
+@pytest.mark.slow
 def test_features(inception, report):
     module, component = inception
     pixels = np.random.default_rng(0).integers(0, 256, (1, 90, 80, 3), np.uint8)

@@ -109,7 +109,7 @@ def test_what_we_extract_leads_them_to_the_tuned_model(tmp_path, family, form):
 # --- Running models --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_live_in_a_running_model(tmp_path, family):
     """The scales are values of one compiled program; diffusers' adapters are live, too."""
     pipe = pipeline(family)

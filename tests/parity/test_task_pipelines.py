@@ -255,7 +255,7 @@ def test_xl_sizes_and_clip_skip(tmp_path, monkeypatch):
     assert_differ(ours, both.our_pictures(sizes=Sizes((30, 20), (5, 3), (11, 12))))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+@pytest.mark.parametrize("scheduler", ["euler", pytest.param("ddim", marks=pytest.mark.slow)])
 def test_xl_base_then_refiner(tmp_path, monkeypatch, scheduler):
     xl, fine = diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionXLImg2ImgPipeline
     base = Both(tmp_path / "base", xl, scheduler, family="sdxl")
@@ -299,7 +299,14 @@ def controlnet(unet, seed: int):
     return randomise(net, seed, 0.3)
 
 
-@pytest.mark.parametrize("family, count", [("sd1", 1), ("sd1", 2), ("sdxl", 2)])
+@pytest.mark.parametrize(
+    "family, count",
+    [
+        ("sd1", 2),
+        pytest.param("sd1", 1, marks=pytest.mark.slow),
+        pytest.param("sdxl", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_controlnet(tmp_path, monkeypatch, family, count):
     parts = tiny_torch.components(tmp_path, family)
     nets = [controlnet(parts["unet"], 10 + i) for i in range(count)]

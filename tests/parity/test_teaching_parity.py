@@ -46,7 +46,7 @@ def one_thread():
     diffusers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+@pytest.fixture(scope="module", params=["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def taught(request, tmp_path_factory):
     """diffusers' pipeline with the word that our training saved, our objective, its parameters."""
     family, folder = request.param, tmp_path_factory.mktemp("models")

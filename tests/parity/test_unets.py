@@ -140,6 +140,7 @@ def test_unet_with_text(size, report):
     report(unet_error(LATENTS, size, [0.0, 1.0, 500.0, 999.0]))
 
 
+@pytest.mark.slow
 def test_unet_with_odd_sizes_all_the_way_down(report):
     config = dataclasses.replace(
         LATENTS,
@@ -197,6 +198,7 @@ def test_xl(report):
     report(unet_error(XL, (16, 16), [0.5, 999.0]))
 
 
+@pytest.mark.slow
 def test_refiner_with_odd_sizes(report):
     report(unet_error(REFINER, (13, 10), [12.0, 981.25]))
 

@@ -1,8 +1,8 @@
 """Weights that stay in eight bits while a network computes: memory for some exactness.
 
-A weight NAME is int8 or float8_e4m3fn, NAME.scale a float32 for each of its rows, the output
-channels; their product takes the weight's place where a layer uses it, and is then forgotten. (What
-files hold in eight bits is `weights/quantised.py`.)
+A weight NAME is int8, or a uint8 with the bits of a float8_e4m3fn; NAME.scale is a float32 for each
+of its rows, the output channels. Their product takes the weight's place where a layer uses it, and
+is then forgotten. (What files hold in eight bits is `weights/quantised.py`.)
 """
 
 import functools
@@ -35,15 +35,16 @@ class Eight:
         """The weight in the dtype of `x`, which is to meet it.
 
         Made to depend on x, which is new in each step: else the compiler restores all weights
-        before the loop over the steps, and keeps them. On CPU it drops barriers too soon.
+        before the loop over the steps, and keeps them. On CPU it drops barriers too soon, and would
+        keep copies of floats as bits: so they are held as bits, and bits are what depends on x.
         """
         small, scale = self.small, self.scale
         if platform() == "cpu":
-            nothing = jnp.minimum(jnp.abs(x.reshape(-1)[0]), 0).astype(jnp.int8)
-            bits = jax.lax.bitcast_convert_type(small, jnp.int8) | nothing
-            small = jax.lax.bitcast_convert_type(bits, small.dtype)
+            small |= jnp.minimum(jnp.abs(x.reshape(-1)[0]), 0).astype(small.dtype)
         else:
             small, scale, _ = jax.lax.optimization_barrier((small, scale, x))
+        if small.dtype == jnp.uint8:
+            small = jax.lax.bitcast_convert_type(small, jnp.float8_e4m3fn)
         return (small.astype(jnp.float32) * by_row(scale, small.ndim)).astype(x.dtype)
 
 
@@ -82,5 +83,6 @@ def _quantised(weight: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:
     scale = jnp.abs(values).max(tuple(range(1, values.ndim))) / most
     divisors = jnp.where(scale == 0, 1.0, scale)  # of a channel that is nothing at all
     values = values / by_row(divisors, values.ndim)
-    whole = jnp.issubdtype(dtype, jnp.integer)
-    return (jnp.rint(values) if whole else values).astype(dtype), scale
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.rint(values).astype(dtype), scale
+    return jax.lax.bitcast_convert_type(values.astype(dtype), jnp.uint8), scale

@@ -99,7 +99,8 @@ def test_half_precision_stays_the_dtype_of_computing(words, tmp_path):
     assert seen.dtype == jnp.bfloat16
 
 
-def test_restored_weights_do_not_outlive_their_layer():
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_restored_weights_do_not_outlive_their_layer(form):
     """In a loop over steps the program works with less than all weights restored would take."""
     config = UNetConfig(
         sample_size=4,
@@ -125,9 +126,9 @@ def test_restored_weights_do_not_outlive_their_layer():
         found = made.memory_analysis()
         return found.argument_size_in_bytes, found.temp_size_in_bytes
 
-    arguments, temporaries = sizes(quantised(params, "int8"))
+    arguments, temporaries = sizes(quantised(params, form))
     assert arguments < 0.3 * whole
-    assert temporaries < 0.5 * whole
+    assert temporaries < 0.15 * whole  # no copy of what is in eight bits, either
 
 
 # --- What is refused ----------------------------------------------------------------------------

@@ -186,7 +186,11 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         "tflop": estimate.flops / 1e12,
         "share_of_peak": estimate.flops / chip.flops / estimate.seconds,
         "collectives": {
-            kind: {"number": len(found), "bytes": sum(found)}
+            kind: {
+                "number": len(found),
+                "bytes": sum(sent.bytes for sent in found),
+                "meanwhile": sum(sent.bytes for sent in found if sent.meanwhile),
+            }
             for kind, found in sorted(tpu_estimate.collectives(text).items())
         },
     }
@@ -217,9 +221,11 @@ def report(options: Options, found: dict[str, Any]) -> None:
         )
     print(f"| arithmetic | {found['tflop']:.2f} TFLOP |")
     print(f"| estimated share of peak | {found['share_of_peak']:.0%} |\n")
-    print("| collective | number | GiB, of the whole arrays |\n| --- | --- | --- |")
+    print("| collective | number | GiB, of the whole arrays | while computing |")
+    print("| --- | --- | --- | --- |")
     for kind, row in found["collectives"].items():
-        print(f"| {kind} | {row['number']} | {row['bytes'] / 2**30:.3f} |")
+        share = row["meanwhile"] / row["bytes"]
+        print(f"| {kind} | {row['number']} | {row['bytes'] / 2**30:.3f} | {share:.0%} |")
 
 
 def main(options: Options) -> None:

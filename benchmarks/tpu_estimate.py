@@ -294,25 +294,28 @@ class Bundles(NamedTuple):
         return max(busy, memory) + min(busy, memory) / max(1, self.rounds)
 
 
-def collectives(text: str) -> dict[str, list[int]]:
-    """Of a compiled program, by kind: the bytes of each, in a chip's view, before any scattering.
+class Sent(NamedTuple):
+    """One collective: bytes of what it makes, and whether the chip computes meanwhile."""
+
+    bytes: int
+    meanwhile: bool
+
+
+def collectives(text: str) -> dict[str, list[Sent]]:
+    """Of a compiled program, by kind: each one, in a chip's view, before any scattering.
 
     A sum of which each chip keeps its piece is a reduce-scatter, however the compiler writes it.
-    What is in the body of a loop is listed once. One that goes on beside products is written out
-    in its beginning, in each of these and in its end, all on one channel: that is one, too.
+    What is in the body of a loop is listed once. One that goes on meanwhile is written out where it
+    begins, in each product beside it and where it ends, all on one channel: that is one, too.
     """
-    found: dict[str, list[int]] = collections.defaultdict(list)
-    computation, channels = "", set()
+    found: dict[str, dict[str, Sent]] = collections.defaultdict(dict)
+    computation = ""
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             computation = line
         it = _parse(line)
         match = it and _COLLECTIVE.match(it.op)
         if it and match and match[2] != "-done":
-            channel = it.attribute(r"channel_id=(\d+)")
-            if channel and channel in channels:
-                continue
-            channels.add(channel)
             kind = match[1]
             if kind == "all-reduce" and "all-reduce-scatter" in computation:
                 kind = "reduce-scatter"
@@ -320,5 +323,8 @@ def collectives(text: str) -> dict[str, list[int]]:
             if match[2] and kind != "all-reduce":  # what it takes, what it gives, and counters
                 sizes = [size for size in sizes if size > 4]
                 sizes = sizes[len(sizes) // 2 :]
-            found[kind].append(sum(sizes))
-    return found
+            channel = it.attribute(r"channel_id=(\d+)") or it.name
+            before = found[kind].get(channel, Sent(0, False))
+            meanwhile = match[2] == "-start" or "async_collective" in computation
+            found[kind][channel] = Sent(sum(sizes), before.meanwhile or meanwhile)
+    return {kind: list(sent.values()) for kind, sent in found.items()}

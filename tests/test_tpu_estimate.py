@@ -97,20 +97,18 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 def test_bytes_of_collectives():
     found = estimate.collectives(PROGRAM)
-    assert found["all-reduce"] == [4 * 40 * 100]
-    assert found["all-gather"] == [2 * 256 * 8]
+    assert found["all-reduce"] == [(4 * 40 * 100, False)]
+    assert [sent.bytes for sent in found["all-gather"]] == [2 * 256 * 8]
 
 
 def test_a_collective_beside_products_is_counted_once():
     """Its steps are in computations of their own: the same instruction on the same channel."""
     gather = "  %all-gather.{} = bf16[16,8]{{1,0}} all-gather(%x), channel_id={}, dimensions={{0}}"
-    steps = [
-        f"%fusion.{i} (x: bf16[1,8]) -> bf16[16,8] {{\n{gather.format(i, 7)}\n}}" for i in (1, 2)
-    ]
-    text = "\n".join(
-        [*steps, "ENTRY %main (x: bf16[1,8]) -> bf16[16,8] {", gather.format(3, 8), "}"]
-    )
-    assert estimate.collectives(text) == {"all-gather": [2 * 16 * 8] * 2}
+    begun = f"%fused_computation.1 (x: bf16[1,8]) -> bf16[16,8] {{\n{gather.format(1, 7)}\n}}"
+    goes_on = f"%async_collective_fusion.2 (x: bf16[1,8]) -> u32[] {{\n{gather.format(2, 7)}\n}}"
+    entry = f"ENTRY %main (x: bf16[1,8]) -> bf16[16,8] {{\n{gather.format(3, 8)}\n}}"
+    found = estimate.collectives("\n".join((begun, goes_on, entry)))
+    assert found == {"all-gather": [(2 * 16 * 8, True), (2 * 16 * 8, False)]}
 
 
 def test_bundles_take_the_place_of_cycles():

@@ -163,26 +163,26 @@ def _difference(ours: str, theirs: str) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    device = rows[0]["device"]
-    lines = [
+def heading(device: str) -> str:
+    """Of the table of ratios, a row of which is `line`."""
+    return (
         f"| jaxsd / peer, {device} | batch | time | range | of peak | memory | first call | import "
-        "| load | differ |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        middle, low, high = row["ratio"]
-        ratios = " | ".join(
-            f"{row[what]['jaxsd'] / max(row[what][row['peer']], 1e-9):.2f}"
-            for what in ("memory", "first", "import", "load")
-        )
-        differ = "–" if row["difference"] is None else f"{row['difference']:.0e}"
-        share = f"{row['share_of_peak']:.0%}" if row.get("share_of_peak") else "–"
-        lines.append(
-            f"| {row['part']}, {row['peer']} | {row['batch']} | {middle:.2f} "
-            f"| {low:.2f} – {high:.2f} | {share} | {ratios} | {differ} |"
-        )
-    return "\n".join(lines)
+        "| load | differ |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
+
+
+def line(row: dict[str, Any]) -> str:
+    middle, low, high = row["ratio"]
+    ratios = " | ".join(
+        f"{row[what]['jaxsd'] / max(row[what][row['peer']], 1e-9):.2f}"
+        for what in ("memory", "first", "import", "load")
+    )
+    differ = "–" if row["difference"] is None else f"{row['difference']:.0e}"
+    share = f"{row['share_of_peak']:.0%}" if row.get("share_of_peak") else "–"
+    return (
+        f"| {row['part']}, {row['peer']} | {row['batch']} | {middle:.2f} "
+        f"| {low:.2f} – {high:.2f} | {share} | {ratios} | {differ} |"
+    )
 
 
 def narrowed(family: Family, by: int) -> Family:
@@ -206,17 +206,20 @@ def main(options: Options) -> None:
             if not (place / "model_index.json").exists():
                 write(narrowed(FAMILIES[options.model], options.narrower), place)
             folder = str(place)
-        rows = [
-            row
-            for part in options.parts
-            for recipe in (options.recipes if part == "train" else (None,))
-            for batch in options.batches
-            for row in measure(options, folder, part, batch, Path(scratch), recipe)
-        ]
-    print(table(rows))
-    if options.json is not None:
         settings = dataclasses.asdict(options) | {"folder": None, "json": None}
-        options.json.write_text(json.dumps({"options": settings, "rows": rows}, indent=1))
+        rows: list[dict[str, Any]] = []
+        for part in options.parts:
+            for recipe in options.recipes if part == "train" else (None,):
+                for batch in options.batches:
+                    found = measure(options, folder, part, batch, Path(scratch), recipe)
+                    if not rows:
+                        print(heading(found[0]["device"]))
+                    rows += found
+                    print(*map(line, found), sep="\n", flush=True)
+                    # As it goes: one part that fails, for want of memory say, leaves the others
+                    if options.json is not None:
+                        text = json.dumps({"options": settings, "rows": rows}, indent=1)
+                        options.json.write_text(text)
 
 
 if __name__ == "__main__":

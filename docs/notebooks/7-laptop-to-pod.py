@@ -227,25 +227,31 @@ def table(heading):
     return lines[:count]
 
 
-display(Markdown("\n".join(table("| a chip | first | now |"))))
+display(Markdown("\n".join(table("| a chip | first |"))))
 
 # %% [markdown]
 # - **arguments**: what goes into the step and stays between steps: this chip's sixteenth of
 #   parameters, averages and AdamW's two moments, and its 8 pictures as latents. The first part is
 #   what was reckoned above.
 # - **temporaries**: what comes and goes within a step: activations kept for the gradient, gathered
-#   weights, gradients. With `--remat full` a block keeps its inputs alone and computes the rest
-#   twice.
+#   weights, gradients. With `--remat selective` a block keeps what was costly to compute, and
+#   computes norms and activations twice; with `--remat full` it keeps its inputs alone.
 # - **code**: the program itself.
 # - **together**, of what a v5e leaves a program of its 16 GiB. Where it is more, the compiler
 #   refuses, and the same happens on the chip.
+# - **gathered**: each weight that is split, once for the pass and once for the gradient. Most of
+#   them arrive while the layer before is computed.
+# - **added up**: the gradients, a number for each parameter, in bfloat16.
+# - the last rows are an estimate, of which more below. The first two columns are before: of `in
+#   slices`, a layer was computed in sixteen pieces, each while the next piece of its weights was on
+#   the way, and pieces of 20 channels fill little of a matrix unit for 128.
 #
 # Compiling took half an hour of one core, once: with the compilation cache the next start reads it.
 
 # %%
 if text:
-    cells_of = (row.split("|") for row in table("| a chip | first | now |")[2:])
-    now = {re.match(r"\w+", cells[1].strip())[0]: cells[3] for cells in cells_of}
+    cells_of = (row.split("|") for row in table("| a chip | first |")[2:])
+    now = {re.match(r"\w+", cells[1].strip())[0]: cells[-2] for cells in cells_of}
     gib = {name: float(now[name]) for name in ("arguments", "temporaries", "code", "together")}
     usable = 15.75
     assert math.isclose(gib["arguments"], state_gib, abs_tol=0.05)
@@ -306,7 +312,7 @@ if text:
 #
 # ```
 # PYTHONPATH=. python benchmarks/tpu.py --topology v5e:4x4 --model sd1 --fsdp 16 --batch 8 \
-#     --remat full
+#     --remat selective --bundles
 # PYTHONPATH=. python benchmarks/tpu.py --program step --model sd1 --topology v5e:2x4 --chips 1 \
 #     --batch 4 --bundles
 # ```
@@ -321,7 +327,7 @@ if text:
 # gcloud compute tpus tpu-vm ssh my-pod --zone my-zone --worker=all --command '
 #     cd jaxsd && pip install -e ".[tpu]" &&
 #     python train.py text-to-image --model path/to/sd15 --data latents --workdir /shared/run \
-#         --fsdp 16 --batch-size 128 --remat full --dtype bfloat16 --learning-rate 1e-5'
+#         --fsdp 16 --batch-size 128 --remat selective --dtype bfloat16 --learning-rate 1e-5'
 # ```
 #
 # Under Slurm it is `srun python train.py ...`; elsewhere each process is told where the first one

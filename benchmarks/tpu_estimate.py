@@ -323,8 +323,10 @@ def collectives(text: str) -> dict[str, list[Sent]]:
             if match[2] and kind != "all-reduce":  # what it takes, what it gives, and counters
                 sizes = [size for size in sizes if size > 4]
                 sizes = sizes[len(sizes) // 2 :]
-            channel = it.attribute(r"channel_id=(\d+)") or it.name
-            before = found[kind].get(channel, Sent(0, False))
+            key = it.attribute(r"channel_id=(\d+)")
+            if not key or computation.startswith("ENTRY") or kind == "reduce-scatter":
+                key = it.name  # these may be several on a channel
+            before = found[kind].get(key, Sent(0, False))
             meanwhile = match[2] == "-start" or "async_collective" in computation
-            found[kind][channel] = Sent(sum(sizes), before.meanwhile or meanwhile)
+            found[kind][key] = Sent(sum(sizes), before.meanwhile or meanwhile)
     return {kind: list(sent.values()) for kind, sent in found.items()}

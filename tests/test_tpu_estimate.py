@@ -106,9 +106,10 @@ def test_a_collective_beside_products_is_counted_once():
     gather = "  %all-gather.{} = bf16[16,8]{{1,0}} all-gather(%x), channel_id={}, dimensions={{0}}"
     begun = f"%fused_computation.1 (x: bf16[1,8]) -> bf16[16,8] {{\n{gather.format(1, 7)}\n}}"
     goes_on = f"%async_collective_fusion.2 (x: bf16[1,8]) -> u32[] {{\n{gather.format(2, 7)}\n}}"
-    entry = f"ENTRY %main (x: bf16[1,8]) -> bf16[16,8] {{\n{gather.format(3, 8)}\n}}"
-    found = estimate.collectives("\n".join((begun, goes_on, entry)))
-    assert found == {"all-gather": [(2 * 16 * 8, True), (2 * 16 * 8, False)]}
+    entry = "ENTRY %main (x: bf16[1,8]) -> bf16[16,8] {"
+    text = "\n".join((begun, goes_on, entry, gather.format(3, 8), gather.format(4, 8), "}"))
+    found = estimate.collectives(text)["all-gather"]
+    assert found == [(2 * 16 * 8, True)] + [(2 * 16 * 8, False)] * 2
 
 
 def test_bundles_take_the_place_of_cycles():

@@ -290,6 +290,18 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     assert counts == [(0, 0), (1, 1), (1, 0), (2, 1), (3, 2), (3, 0), (3, 0)]
 
 
+def test_an_update_copies_nothing_of_the_state():
+    """On CPU, too: beside the gradient there is a weight transposed for the loss, and no more."""
+    options, optimizer = SHORT, training.make_optimizer(SHORT)
+    wide = Regression({"weight": jnp.ones((1024, toy.SIZE)), "bias": jnp.zeros(1024)})
+    state, aux = training.init_state(wide, optimizer, options)
+    step = jax.jit(training.make_step(wide, optimizer, options), donate_argnums=0)
+    batch = {"x": np.ones((8, toy.SIZE), np.float32), "y": np.ones((8, 1024), np.float32)}
+    made = step.lower(state, aux, batch).compile({"xla_backend_optimization_level": "3"})
+    weight, activations = 4 * 1024 * toy.SIZE, 4 * 8 * 1024
+    assert weight <= made.memory_analysis().temp_size_in_bytes < 2 * (weight + activations)
+
+
 def test_the_learning_rate_follows_the_step_past_skipped_updates():
     optimizer = training.make_optimizer(SHORT)
     rate = training.learning_rate_schedule(SHORT)

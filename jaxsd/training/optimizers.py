@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -40,12 +41,22 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
     }
     limit = options.max_grad_norm
     return optax.chain(
-        optax.clip_by_global_norm(limit) if limit else optax.identity(),
+        optax.stateless(_clipped(limit)) if limit else optax.identity(),
         kinds[options.optimizer](),
         optax.add_decayed_weights(
             -options.weight_decay, lambda params: decays(options, cast(Any, params))
         ),
     )
+
+
+def _clipped(limit: float) -> Any:
+    """By their global norm, with one factor: optax divides each array, and XLA then keeps it."""
+
+    def clip(updates: Any, _: Any) -> Any:
+        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        return jax.tree.map(lambda x: x * factor, updates)
+
+    return clip
 
 
 def _muon(momentum: float, otherwise: optax.GradientTransformation) -> Any:

@@ -115,27 +115,28 @@ def make_step(
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, metrics), grads = _accumulate(gradient, trained, batch, key, options.accumulate)
         grad_norm = optax.tree.norm(grads)
-
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integer counts
+        with jax.numpy_dtype_promotion("standard"):
             learning_rate = jnp.asarray(rate(state.step), jnp.float32)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = cast(Params, updates)
-        factors = rate_factors(options, state.params)
-        params = {
-            name: value + learning_rate * factors[name] * updates[name]
-            for name, value in state.params.items()
-        }
-        if constrain is not None:
-            params = constrain(params)
-        decay = _ema_decay(options, state.step)
-        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+        factors, decay = rate_factors(options, state.params), _ema_decay(options, state.step)
+
+        def updated(held: tuple[Params, Params, Any], grads: Params):
+            params, ema, opt_state = held
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integer counts
+                updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates = cast(Params, updates)
+            params = {
+                name: value + learning_rate * factors[name] * updates[name]
+                for name, value in params.items()
+            }
+            if constrain is not None:
+                params = constrain(params)
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+            return params, ema, opt_state
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, ema, opt_state),
-            (state.params, state.ema, state.opt_state),
-        )
+        # A branch, not a choice between old and new: on CPU that made two copies of the parameters
+        held = state.params, state.ema, state.opt_state
+        params, ema, opt_state = jax.lax.cond(finite, updated, lambda held, _: held, held, grads)
         missed = 1 - finite.astype(jnp.int32)
         skipped, in_a_row = state.skipped + missed, (state.skipped_in_a_row + missed) * missed
         metrics = {

@@ -241,17 +241,19 @@ display(Markdown("\n".join(table("| a chip | first |"))))
 #   refuses, and the same happens on the chip.
 # - **gathered**: each weight that is split, once for the pass and once for the gradient. Most of
 #   them arrive while the layer before is computed.
-# - **added up**: the gradients, a number for each parameter, in bfloat16.
-# - the last rows are an estimate, of which more below. The first two columns are before: of `in
-#   slices`, a layer was computed in sixteen pieces, each while the next piece of its weights was on
-#   the way, and pieces of 20 channels fill little of a matrix unit for 128.
+# - **added up**: the gradients, a number for each parameter, in bfloat16; and **scattered**, where
+#   each chip receives its own piece of the sum alone.
+# - the last rows are an estimate, of which more below. The column `now` is of sixteen chips. The
+#   first two are before: `in slices`, a layer was computed in sixteen pieces, each while the next
+#   piece of its weights was on the way, and pieces of 20 channels fill little of a matrix unit for
+#   128.
 #
 # Compiling took half an hour of one core, once: with the compilation cache the next start reads it.
 
 # %%
 if text:
     cells_of = (row.split("|") for row in table("| a chip | first |")[2:])
-    now = {re.match(r"\w+", cells[1].strip())[0]: cells[-2] for cells in cells_of}
+    now = {re.match(r"\w+", cells[1].strip())[0]: cells[4] for cells in cells_of}
     gib = {name: float(now[name]) for name in ("arguments", "temporaries", "code", "together")}
     usable = 15.75
     assert math.isclose(gib["arguments"], state_gib, abs_tol=0.05)

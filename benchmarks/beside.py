@@ -216,7 +216,7 @@ def main(options: Options) -> None:
                         print(heading(found[0]["device"]))
                     rows += found
                     print(*map(line, found), sep="\n", flush=True)
-                    # As it goes: one part that fails, for want of memory say, leaves the others
+                    # As it goes: a part that fails, for want of memory say, leaves those before it
                     if options.json is not None:
                         text = json.dumps({"options": settings, "rows": rows}, indent=1)
                         options.json.write_text(text)

@@ -224,7 +224,7 @@ def report(options: Options, found: dict[str, Any]) -> None:
     print("| collective | number | GiB, of the whole arrays | while computing |")
     print("| --- | --- | --- | --- |")
     for kind, row in found["collectives"].items():
-        share = row["meanwhile"] / row["bytes"]
+        share = row["meanwhile"] / max(1, row["bytes"])
         print(f"| {kind} | {row['number']} | {row['bytes'] / 2**30:.3f} | {share:.0%} |")
 
 

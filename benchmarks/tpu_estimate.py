@@ -323,9 +323,9 @@ def collectives(text: str) -> dict[str, list[Sent]]:
             if match[2] and kind != "all-reduce":  # what it takes, what it gives, and counters
                 sizes = [size for size in sizes if size > 4]
                 sizes = sizes[len(sizes) // 2 :]
-            key = it.attribute(r"channel_id=(\d+)")
-            if not key or computation.startswith("ENTRY") or kind == "reduce-scatter":
-                key = it.name  # these may be several on a channel
+            # Others may be several on a channel
+            steps = re.match(r"%?(fused_computation|async_collective)", computation)
+            key = (steps and it.attribute(r"channel_id=(\d+)")) or it.name
             before = found[kind].get(key, Sent(0, False))
             meanwhile = match[2] == "-start" or "async_collective" in computation
             found[kind][key] = Sent(sum(sizes), before.meanwhile or meanwhile)

@@ -1,9 +1,10 @@
-"""The update of a training step beside PyTorch's: clipping, AdamW, averages; nothing else.
+"""The update of a training step beside PyTorch's: clipping, AdamW, averages; hardly any loss.
 
-    python benchmarks/update.py
+    taskset -c 0 python benchmarks/update.py --threads 1
 
-Gradients are given, arrays as large as a model's. In turns, in one process and on the same threads;
-prints ratios to torch's fused AdamW, and what jaxsd's step works with besides state and gradients.
+Gradients are given, arrays as large as a model's. In turns, in one process; prints ratios to
+torch's fused AdamW, and what jaxsd's step works with besides state and gradients. XLA takes all
+cores that it is left.
 """
 
 import dataclasses

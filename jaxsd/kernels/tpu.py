@@ -28,10 +28,10 @@ KEYS = 128  # at a time
 UNROLLED = 32  # most blocks of keys in straight code, where the compiler overlaps neighbours
 MASKED = -1e30  # the score of a key that is padding: as -inf, but without nan
 
-# For `jax.jit`. Where weights are split, the compiler would compute a layer in as many slices as
+# For `jax.jit`, where weights are split. The compiler would compute a layer in as many slices as
 # there are pieces, each while the next piece is on its way: 20 channels for a matrix unit of 128.
 # Where an operand has fewer MiB than this, which all have, it gathers the weight first.
-COMPILER_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+GATHERED = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def attends(q: jax.Array, k: jax.Array) -> bool:

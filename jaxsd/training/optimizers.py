@@ -41,7 +41,7 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
     }
     limit = options.max_grad_norm
     return optax.chain(
-        optax.stateless(_clipped(limit)) if limit else optax.identity(),
+        _clipped(limit) if limit else optax.identity(),
         kinds[options.optimizer](),
         optax.add_decayed_weights(
             -options.weight_decay, lambda params: decays(options, cast(Any, params))
@@ -49,14 +49,15 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
     )
 
 
-def _clipped(limit: float) -> Any:
+def _clipped(limit: float) -> optax.GradientTransformationExtraArgs:
     """By their global norm, with one factor: optax divides each array, and XLA then keeps it."""
 
-    def clip(updates: Any, _: Any) -> Any:
-        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
-        return jax.tree.map(lambda x: x * factor, updates)
+    def clip(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any):
+        """norm: where it is known already."""
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) if norm is None else norm))
+        return jax.tree.map(lambda x: x * factor, updates), state
 
-    return clip
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), clip)
 
 
 def _muon(momentum: float, otherwise: optax.GradientTransformation) -> Any:

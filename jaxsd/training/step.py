@@ -97,6 +97,7 @@ def make_step(
     """The function (state, aux, batch) -> (state, metrics) of one update, not yet jitted."""
     rate = learning_rate_schedule(options)
     constrain = getattr(objective, "constrain", None)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, aux: Aux, batch: Any):
         # Cast once, before the loss: where they are sharded, the copies are what is gathered
@@ -122,7 +123,7 @@ def make_step(
         def updated(held: tuple[Params, Params, Any], grads: Params):
             params, ema, opt_state = held
             with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integer counts
-                updates, opt_state = optimizer.update(grads, opt_state, params)
+                updates, opt_state = optimizer.update(grads, opt_state, params, norm=grad_norm)
             updates = cast(Params, updates)
             params = {
                 name: value + learning_rate * factors[name] * updates[name]
@@ -134,7 +135,7 @@ def make_step(
             return params, ema, opt_state
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        # A branch, not a choice between old and new: on CPU that made two copies of the parameters
+        # A branch, not a choice between old and new: on CPU that made copies of both
         held = state.params, state.ema, state.opt_state
         params, ema, opt_state = jax.lax.cond(finite, updated, lambda held, _: held, held, grads)
         missed = 1 - finite.astype(jnp.int32)
@@ -159,8 +160,8 @@ def compiler_options(options: Options, platform: str) -> dict[str, str]:
     XLA's CPU backend removes the barriers between what is computed again and what was computed
     first, and then finds that both are the same: its memory would stay as without `remat`.
     """
-    if platform == "tpu":
-        return tpu.COMPILER_OPTIONS
+    if platform == "tpu" and options.fsdp * options.tensor > 1:
+        return tpu.GATHERED
     if platform == "cpu" and options.remat != "none":
         return {"xla_disable_hlo_passes": "cse_barrier_expander"}
     return {}

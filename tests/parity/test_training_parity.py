@@ -52,7 +52,7 @@ def one_thread():
     diffusers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="module", params=["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
 def both(request, tmp_path_factory):
     """A pipeline of diffusers, and our objective made of the folder that it saved."""
     family = request.param

@@ -202,12 +202,15 @@ def files(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--init-image wide.png --strength 0.5",
+        pytest.param("--init-image wide.png --strength 0.5", marks=pytest.mark.slow),
         "--init-image wide.png --mask-image mask.png --preview-every 2 --preview-with linear",
         "--lora style.safetensors:0.8 --lora style.safetensors --preview-every 3",
         "--textual-inversion cat.safetensors:<dog> --sigmas karras --sampler euler",
-        "--controlnet control --control-image wide.png --controlnet control "
-        "--control-image mask.png --control-scale 0.5 --control-scale 1",
+        pytest.param(
+            "--controlnet control --control-image wide.png --controlnet control "
+            "--control-image mask.png --control-scale 0.5 --control-scale 1",
+            marks=pytest.mark.slow,
+        ),
         "--refiner digits --refiner-start 0.5 --spacing trailing",
         "--dtype float16 --guidance-rescale 0.5",
         "--vae-tile 4 --preview-every 2 --preview-with taesd --long-prompts",

@@ -100,6 +100,7 @@ def shape(file):
 # --- The stages ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_stages_leave_an_edit_curves_and_pictures(whole):
     first, last = edits.read(whole / "embedding" / "model"), edits.read(whole / "model")
     assert first.prompt == last.prompt == PROMPT and last.base is None and first.base is not None
@@ -218,6 +219,7 @@ def test_stable_diffusion_xl(words, tmp_path):
     assert Embedding(pipe, edit).init(KEY).keys() == edit.target.keys()
 
 
+@pytest.mark.slow
 def test_an_edit_of_factors_is_small_and_draws_the_same(base, picture, whole, tmp_path):
     stage = recipe(base, picture, whole, lora_rank=2).stages()[1]
     objective, _ = stage.build()
@@ -245,6 +247,7 @@ def command(*words):
     return sample_cli.run(sample_cli.tyro.cli(sample_cli.Options, args=[*map(str, words)]))
 
 
+@pytest.mark.slow
 def test_the_command_draws_an_edit(whole, tmp_path):
     quick = ("--steps", 2, "--seed", 4, "--guidance-scale", 2, "--out", tmp_path)
     [first] = command("--model", whole, *quick)
@@ -263,7 +266,15 @@ def test_the_command_draws_an_edit(whole, tmp_path):
         assert np.array_equal(c, want) and a.size == c.size == (8, 8)
 
 
-def test_what_the_commands_refuse(base, picture, whole, tmp_path):
+@pytest.fixture(scope="module")
+def kept(base, plain, tmp_path_factory):
+    """A workdir with the edit alone, as the first stage leaves it."""
+    workdir = tmp_path_factory.mktemp("kept")
+    edits.save(dataclasses.replace(plain[1], base={"model": str(base)}), workdir / "model")
+    return workdir
+
+
+def test_what_the_commands_refuse(base, picture, kept, tmp_path):
     def asked(**options):
         return refused(run_recipe, recipe(base, picture, tmp_path / "w", **options))
 
@@ -279,9 +290,9 @@ def test_what_the_commands_refuse(base, picture, whole, tmp_path):
     assert not (tmp_path / "w").exists()
     base_of = ("--out", tmp_path, "--model")
     assert "is no edit" in refused(command, PROMPT, *base_of, "digits", "--imagic-eta", 0.5)
-    assert "leave out clip_skip" in refused(command, *base_of, whole, "--clip-skip", 1)
+    assert "leave out clip_skip" in refused(command, *base_of, kept, "--clip-skip", 1)
     assert "holds no edit" in refused(imagic.load_edit, base)
-    assert "eta is a number" in refused(imagic.mix, edits.read(whole / "model"), float("nan"))
+    assert "eta is a number" in refused(imagic.mix, edits.read(kept / "model"), float("nan"))
 
 
 def damaged(folder, **changes):
@@ -290,8 +301,8 @@ def damaged(folder, **changes):
     (folder / edits.FILE).write_text(json.dumps({n: v for n, v in values.items() if v != "gone"}))
 
 
-def test_untrusted_edits_are_refused(whole, tmp_path):
-    good = edits.read(whole / "model")
+def test_untrusted_edits_are_refused(kept, tmp_path):
+    good = edits.read(kept / "model")
 
     def broken(change=None, **json_changes):
         shutil.rmtree(tmp_path / "edit", ignore_errors=True)

@@ -315,6 +315,7 @@ def test_compiled_on_the_command_line(tmp_path, capsys):
     assert said.startswith("error: ") and said.count("\n") == 1 and "batch_size 2" in said
 
 
+@pytest.mark.slow
 def test_options_of_sampling_are_options_of_compile(words, tmp_path, capsys):
     """Eight bits, what is left out to be faster, and with them a preview."""
     tiny.pipeline(words).save(tmp_path / "model")

@@ -96,6 +96,7 @@ def recipe(model, pictures, workdir, **options) -> Recipe:
     return Recipe(model=str(model), data=str(pictures), workdir=workdir, **given | options)
 
 
+@pytest.mark.slow
 def test_only_the_rows_change_and_a_killed_training_goes_on(model, pictures, tmp_path):
     asked = recipe(model, pictures, tmp_path, vectors=2, save_every=1, learning_rate=0.01)
     made, make_batches = asked.build()

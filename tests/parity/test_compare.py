@@ -270,6 +270,7 @@ def test_a_trajectory_departs(sd1, tmp_path, bfloat16):
     ]
 
 
+@pytest.mark.slow
 def test_a_component_alone(sd1, capsys):
     status, out, _ = call(capsys, sd1 / "vae", "--dtypes", "float32", "--height", 24)
     assert status == 0

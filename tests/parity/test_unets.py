@@ -181,6 +181,7 @@ def test_fractional_timesteps(report):
     report(unet_error(PIXELS, (16, 16), [0.5, 123.4567, 998.001]))
 
 
+@pytest.mark.slow
 def test_other_heads_and_constants(report):
     report(unet_error(dataclasses.replace(LATENTS, attention_head_dim=1), (8, 8), [7.0]))
     report(unet_error(dataclasses.replace(PIXELS, attention_head_dim=4), (8, 8), [7.0]))

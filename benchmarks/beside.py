@@ -172,6 +172,7 @@ def heading(device: str) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
+    """Of what `measure` found with one peer."""
     middle, low, high = row["ratio"]
     ratios = " | ".join(
         f"{row[what]['jaxsd'] / max(row[what][row['peer']], 1e-9):.2f}"

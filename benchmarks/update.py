@@ -46,12 +46,6 @@ class Given:
     def loss(self, params, aux, batch, now):
         return sum(jnp.vdot(value, batch[name]) for name, value in params.items()), {}
 
-    def preview(self, params):
-        return None
-
-    def export(self, params, folder):
-        raise NotImplementedError
-
 
 def jaxsds(options: Options) -> tuple[Callable[[], None], float]:
     """An update, and the memory it works with, in sizes of the parameters."""

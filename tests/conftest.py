@@ -34,6 +34,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from jax.experimental import topologies
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -42,6 +43,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Stays installed: every module of the package is checked, whichever test imports it first.
 install_import_hook("jaxsd", "beartype.beartype")
+
+
+@pytest.fixture
+def tpus(monkeypatch):
+    """Gives the chips of a topology, "v5e:2x4" say, to compile for: they need not be there."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+    def chips(name):
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+    return chips
 
 
 @pytest.fixture(scope="session")

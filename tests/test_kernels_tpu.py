@@ -1,14 +1,12 @@
 """The TPU's attention, interpreted on CPU, against the plain form; compiled where libtpu is."""
 
 import functools
-import importlib.util
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from jaxsd import kernels, nn, sharding
@@ -83,12 +81,8 @@ def test_each_device_computes_its_own_rows_and_heads(fsdp, tensor, heads):
     assert_near(step(*placed), with_gradients(plain)(*given))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_compiled_for_eight_chips_no_rows_are_gathered(monkeypatch):
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    mesh = sharding.make_mesh(devices=topology.devices)
+def test_compiled_for_eight_chips_no_rows_are_gathered(tpus):
+    mesh = sharding.make_mesh(devices=tpus("v5e:2x4"))
     rows = NamedSharding(mesh, sharding.ROWS)
     x = jax.ShapeDtypeStruct((16, 1024, 128), jnp.bfloat16, sharding=rows)
     with kernels.compiling_for("tpu", NamedSharding(mesh, sharding.HEADS)):

@@ -1,12 +1,9 @@
 """A training step compiled for chips that are not there: weights gathered, layers in one piece."""
 
-import importlib.util
 import re
 
 import jax
 import jax.numpy as jnp
-import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from toy import Regression
 
@@ -25,13 +22,9 @@ class Convolved(Regression):
         return jnp.square(y.astype(jnp.float32)).mean(), {}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_a_layer_is_not_computed_in_slices(monkeypatch):
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+def test_a_layer_is_not_computed_in_slices(tpus):
     options = training.Options(1, batch_size=64, fsdp=8, dtype="bfloat16", ema_decay=0.0)
-    mesh, optimizer = make_mesh(options, topology.devices), training.make_optimizer(options)
+    mesh, optimizer = make_mesh(options, tpus("v5e:2x4")), training.make_optimizer(options)
     shape = jax.ShapeDtypeStruct((WIDTH, WIDTH, 3, 3), jnp.float32)
     state = jax.eval_shape(lambda w: state_of({"weight": w}, optimizer), shape)
     state = spread(state, options, mesh)

@@ -135,14 +135,8 @@ def test_bundles_of_nested_loops():
     assert bundles.count(BUNDLES) == (1 + 3 * (2 + 5 * 3) + 1, 0, 3)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_a_program_compiled_for_a_chip_is_understood(monkeypatch):
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    where = jax.sharding.SingleDeviceSharding(topology.devices[0])
+def test_a_program_compiled_for_a_chip_is_understood(tpus):
+    where = jax.sharding.SingleDeviceSharding(tpus("v5e:2x2")[0])
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=where)
     text = jax.jit(jnp.dot).lower(x, x).compile().as_text()
     program = estimate.Program(text, CHIP)

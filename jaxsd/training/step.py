@@ -158,7 +158,8 @@ def compiler_options(options: Options, platform: str) -> dict[str, str]:
     """What `jax.jit` must be told of a step on devices of this platform, as jax names it.
 
     XLA's CPU backend removes the barriers between what is computed again and what was computed
-    first, and then finds that both are the same: its memory would stay as without `remat`.
+    first, and then finds that both are the same: its memory would stay as without `remat`. TPUs are
+    told of weights that are split (`kernels/tpu.py`).
     """
     if platform == "tpu" and options.fsdp * options.tensor > 1:
         return tpu.GATHERED

@@ -44,6 +44,7 @@ def count(text: str) -> Bundles | None:
     depths: list[int] = []
     turns: dict[int, list[int]] = collections.defaultdict(list)  # by bundle, of exit tests
     skips: list[tuple[int, int]] = []  # bundles that a branch may jump over
+    loops: list[tuple[int, int]] = []  # the bundles that a branch back repeats
     pipelined = False
     for line in text.splitlines():
         if bundle := _BUNDLE.match(line):
@@ -56,8 +57,15 @@ def count(text: str) -> Bundles | None:
         pipelined = pipelined or "stage = 2" in line or "pipeline-emitter" in line
         if turn := _TURNS.search(line):
             turns[at].append(int(turn[1]))
-        if (branch := _BRANCH.search(line)) and int(branch[1]) > at:
-            skips.append((at + 1, int(branch[1])))
+        if branch := _BRANCH.search(line):
+            goal = int(branch[1])
+            skips += [(at + 1, goal)] if goal > at else []
+            loops += [(goal, at)] if goal <= at else []
+    # What is moved into a loop from outside of it keeps the mark of where it came from
+    starts: dict[int, int] = {}
+    for start, last in loops:
+        starts[start] = inside = max(depths[start], depths[last])
+        depths[start : last + 1] = [max(inside, depth) for depth in depths[start : last + 1]]
 
     unknown = 0
 
@@ -71,8 +79,8 @@ def count(text: str) -> Bundles | None:
                 totals[at in seldom] += 1
                 at += 1
                 continue
-            end = at
-            while end < stop and depths[end] > depth:
+            end = at + 1
+            while end < stop and depths[end] > depth and starts.get(end) != depth + 1:
                 end += 1
             tests = [n for i in range(at, end) if depths[i] == depth + 1 for n in turns.get(i, ())]
             inside = cycles(at, end, depth + 1)
@@ -90,7 +98,9 @@ def count(text: str) -> Bundles | None:
         return totals[0], totals[1]
 
     always, seldom = cycles(0, len(depths), 0)
-    rounds = max([1, *(n - 2 for found in turns.values() for n in found)])
+    # Of the outer loop: kernels have more inside of it, that fetch nothing
+    outer = [n for at, found in turns.items() if depths[at] <= 1 for n in found]
+    rounds = max([1, *(n - 2 for n in outer)])
     return None if unknown > 64 else Bundles(always, seldom, rounds)
 
 

@@ -172,7 +172,8 @@ class Program:
         at_best = moved / self.chip.bandwidth
         if bundles := self._bundles.get(it.name):
             inner = re.findall(r"\d+", it.attribute(r'"iteration_bounds":\[([^\]]*)\]'))
-            seconds = bundles.seconds(self.chip.clock, at_best, int(inner[-1]) if inner else 1)
+            turns = int(inner[-1]) if inner else bundles.rounds if kernel else 1
+            seconds = bundles.seconds(self.chip.clock, at_best, turns)
         elif cycles := it.attribute(r'"estimated_cycles":"(\d+)"'):
             seconds = int(cycles) / self.chip.clock
         else:
@@ -281,7 +282,8 @@ class Bundles(NamedTuple):
     """Cycles of an instruction's program (tpu_bundles.py), without waiting for memory.
 
     always: what runs each time. seldom: in branches of the innermost loop, which are its beginning
-    and its end. rounds: of the outer loop, in which memory is fetched for the next one.
+    and its end; of Pallas' kernels, in those of a first or a last step of the grid. rounds: of the
+    outer loop, in which memory is fetched for the next one.
     """
 
     always: int
@@ -289,7 +291,7 @@ class Bundles(NamedTuple):
     rounds: int
 
     def seconds(self, clock: float, memory: float, inner: int) -> float:
-        """memory: seconds that fetching takes; inner: how often the innermost loop turns."""
+        """memory: seconds that fetching takes; inner: one turn of so many has the seldom ones."""
         busy = (self.always + self.seldom / max(1, inner)) / clock
         return max(busy, memory) + min(busy, memory) / max(1, self.rounds)
 

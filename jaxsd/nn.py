@@ -97,7 +97,7 @@ class Conv2d(nnx.Module):
         bias: bool = True,
         init: Initializer = fan_in_uniform,
     ):
-        self.stride = stride
+        self.outputs, self.stride = outputs, stride
         if isinstance(padding, int):
             padding = ((padding, padding), (padding, padding))
         self.padding = padding
@@ -121,12 +121,17 @@ class GroupNorm(nnx.Module):
         self.bias = parameter((channels,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        scale, shift = self.affine(x)
+        return (x.astype(jnp.float32) * scale + shift).astype(x.dtype)
+
+    def affine(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The scale and the shift [b, 1 ..., c], in float32, that normalise this x."""
         y = x.astype(jnp.float32)
         mean = self._group_mean(y)
         variance = self._group_mean(jnp.square(y - mean))
         # As y a + b: with y - mean used again, compilers would keep it, as large as x.
         scale = jax.lax.rsqrt(variance + self.eps) * _last_axis(self.weight, y)
-        return (y * scale + (_last_axis(self.bias, y) - mean * scale)).astype(x.dtype)
+        return scale, _last_axis(self.bias, y) - mean * scale
 
     def _group_mean(self, x: jax.Array) -> jax.Array:
         """[b, ..., c] -> [b, 1 ..., c]: each channel's group mean.
@@ -185,6 +190,11 @@ class Dropout(nnx.Module):
 
     def __init__(self, rate: float):
         self.rate = rate
+
+    @property
+    def active(self) -> bool:
+        """Whether it is more than the identity, here and now."""
+        return _dropout_keys.get() is not None and self.rate > 0
 
     def __call__(self, x: jax.Array) -> jax.Array:
         keys = _dropout_keys.get()
@@ -285,6 +295,50 @@ def attention(
     split = [x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v)]  # [b, t, h, d]
     x = kernels.attention(*split, causal=causal)
     return checkpoint_name(x.reshape(q.shape).astype(q.dtype), "attention")
+
+
+# Operations that are one on some machines, where no gradient is to compute things again: what is
+# costly must be found stored then, by itself.
+
+
+def fuses_convolution(conv: Conv2d, x: Float[Array, "b h w c"]) -> bool:
+    """Whether `normed_convolution` is one operation for this x, and faster than three."""
+    plain = (conv.stride, conv.padding) == (1, ((1, 1), (1, 1)))
+    return plain and _remat.get() == "none" and kernels.fuses_convolution(x, conv.outputs)
+
+
+def normed_convolution(
+    norm: GroupNorm,
+    conv: Conv2d,
+    x: Float[Array, "b h w c"],
+    row: Float[Array, "b c2"] | None,
+    residual: Float[Array, "b h w c2"] | None,
+) -> Float[Array, "b h w c2"]:
+    """conv(silu(norm(x))) + row + residual; where `fuses_convolution`, of 3x3."""
+    scale, shift = (array.reshape(len(x), -1) for array in norm.affine(x))
+    bias = jnp.zeros((len(x), conv.outputs), jnp.float32)
+    if conv.bias is not None:
+        bias = bias + _last_axis(conv.bias, bias)
+    if row is not None:
+        bias = bias + row.astype(jnp.float32)
+    weight = _weight(conv.weight, x)
+    return kernels.normed_convolution(x, scale, shift, weight, bias, residual)
+
+
+def fuses_feed_forward(x: Float[Array, "b t c"]) -> bool:
+    """Whether `normed_feed_forward` is one operation for this x, and faster than six."""
+    return _remat.get() == "none" and kernels.fuses_feed_forward(x)
+
+
+def normed_feed_forward(
+    norm: LayerNorm, inner: Linear, outer: Linear, x: Float[Array, "b t c"]
+) -> Float[Array, "b t c"]:
+    """x + outer(value * gelu(gate)), (value, gate) = inner(norm(x)); where `fuses_feed_forward`."""
+    assert inner.bias is not None and outer.bias is not None
+    first, second = (_weight(layer.weight, x) for layer in (inner, outer))
+    affine = (norm.weight[...], norm.bias[...])
+    biases = (inner.bias[...], outer.bias[...])
+    return kernels.feed_forward(x, *affine, first, biases[0], second, biases[1], eps=norm.eps)
 
 
 def upsample_nearest(

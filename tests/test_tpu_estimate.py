@@ -132,7 +132,35 @@ BUNDLES = """
 
 def test_bundles_of_nested_loops():
     # One before and one after; three times: two and, five times, two and an empty one.
-    assert bundles.count(BUNDLES) == (1 + 3 * (2 + 5 * 3) + 1, 0, 3)
+    # The outer loop's rounds are less the two that fill and drain a pipeline.
+    assert bundles.count(BUNDLES) == (1 + 3 * (2 + 5 * 3) + 1, 0, 1)
+
+
+NEIGHBOURS = """
+     0   :  { %1 = vld [vmem:[%a]] }
+   0x1   : > { %2 = vadd.f32 %1, %1 }
+   0x2   : > { %3 = scmp.ge.s32.totalorder %i, 20 /* loop exit test */ }
+   0x3   :  { %4 = snop 0 }
+   0x4   : > { %5 = sbr.rel (!%3) target bundleno = 1 (0x1), region = 5 }
+   0x5   : > { %6 = vadd.f32 %1, %1 }
+   0x6   : > { %7 = scmp.ge.s32.totalorder %j, 4 /* loop exit test */ }
+   0x7   : > { %8 = sbr.rel (!%7) target bundleno = 5 (0x5), region = 6 }
+   0x8   :  { %9 = vst [vmem:[%b]], %6 }
+"""
+
+
+def test_bundles_of_loops_that_follow_each_other():
+    # Four of the first, one of which came from outside and keeps its mark; three of the second.
+    assert bundles.count(NEIGHBOURS)[:2] == (1 + 20 * 4 + 4 * 3 + 1, 0)
+
+
+def test_what_kernels_do_in_one_step_of_the_grid_counts_once():
+    kernel = "  %kernel = f32[8,128]{1,0:T(8,128)} custom-call()\n  ROOT %out"
+    counted = estimate.Bundles(always=9000, seldom=600, rounds=4)
+    program = estimate.Program(PROGRAM.replace("  ROOT %out", kernel), CHIP, {"kernel": counted})
+    row = next(row for row in program.rows if row.name == "kernel")
+    memory = 8 * 128 * 4 / 819e9
+    assert row.seconds == pytest.approx((9000 + 600 / 4) / 1.5e9 + memory / 4)
 
 
 def test_a_program_compiled_for_a_chip_is_understood(tpus):

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from jaxsd.kernels import cpu, gpu, tpu
-from jaxsd.kernels.split import in_rows
+from jaxsd.kernels import cpu, gpu, tpu, tpu_convolution, tpu_feedforward
+from jaxsd.kernels.split import in_rows, rows_each
 
 
 class Target(NamedTuple):
@@ -29,6 +29,14 @@ class Target(NamedTuple):
 
     platform: str
     split: NamedSharding | None = None
+
+    @property
+    def kind(self) -> str:
+        """What JAX calls the chips, such as "TPU v5 lite"; "" where they are not known."""
+        if self.split is not None:
+            devices = getattr(self.split.mesh, "devices", None)
+            return "" if devices is None else devices.flat[0].device_kind
+        return jax.devices()[0].device_kind if self.platform == jax.default_backend() else ""
 
 
 _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
@@ -59,6 +67,14 @@ def compiling_for(platform: str, split: NamedSharding | None = None) -> Iterator
         _target.reset(token)
 
 
+def _for_tpus() -> bool:
+    """Whether a kernel for TPUs may be used.
+
+    Where it may be for several chips, and not known how, XLA can divide its own operations only.
+    """
+    return platform() == "tpu" and (_target.get() is not None or jax.device_count() == 1)
+
+
 def compiler_options() -> dict[str, str]:
     """For `jax.jit`, of networks that are large and need no gradient.
 
@@ -82,10 +98,8 @@ def attention(
             q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         if not causal and cpu.attends_in_blocks(q.shape, k.shape[1]):
             return cpu.attention(q, k, v)
-    if platform() == "tpu" and not causal and tpu.attends(q, k):
-        # Where it may be for several chips, and not known how: XLA, which can divide its own only
-        if _target.get() or jax.device_count() == 1:
-            return tpu.attention(q, k, v, target().split)
+    if not causal and _for_tpus() and tpu.attends(q, k):
+        return tpu.attention(q, k, v, target().split)
     flash = platform() == "gpu" and gpu.flash(q.shape, k.shape[1], q.dtype)
     with jax.numpy_dtype_promotion("standard"):  # of bfloat16's scores to float32, inside
         return jax.nn.dot_product_attention(
@@ -149,3 +163,36 @@ def convolution(
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+
+
+def fuses_convolution(x: Float[Array, "b h w i"], outputs: int) -> bool:
+    """Whether `normed_convolution` is faster than what it is made of, for so many channels."""
+    rows = rows_each(len(x), target().split)
+    given = ((rows, *x.shape[1:]), outputs, x.dtype, target().kind)
+    return _for_tpus() and tpu_convolution.convolves(*given)
+
+
+def fuses_feed_forward(x: Float[Array, "b t c"]) -> bool:
+    """Whether `feed_forward` is faster than what it is made of."""
+    return _for_tpus() and tpu_feedforward.feeds(x.shape, x.dtype, target().kind)
+
+
+def normed_convolution(
+    x: Float[Array, "b h w i"],
+    scale: Float[Array, "b i"],
+    shift: Float[Array, "b i"],
+    weight: Float[Array, "o i 3 3"],
+    bias: Float[Array, "b o"],
+    residual: Float[Array, "b h w o"] | None,
+) -> Float[Array, "b h w o"]:
+    """convolution(silu(x scale + shift)) + bias + residual; where `fuses_convolution`."""
+    given = (x, scale, shift, weight, bias, residual)
+    return tpu_convolution.convolution(*given, target().split)
+
+
+def feed_forward(x: Float[Array, "b t c"], *weights: jax.Array, eps: float) -> jax.Array:
+    """x + outer(GEGLU(LayerNorm(x))); where `fuses_feed_forward`.
+
+    weights: `tpu_feedforward.Weights`. eps: of LayerNorm.
+    """
+    return tpu_feedforward.feed_forward(x, tpu_feedforward.Weights(*weights), eps, target().split)

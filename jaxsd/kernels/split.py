@@ -14,6 +14,15 @@ def divides(split: NamedSharding, axes: Any, size: int) -> bool:
     return size % math.prod(split.mesh.shape[name] for name in names) == 0
 
 
+def rows_each(rows: int, split: NamedSharding | None) -> int:
+    """How many of so many rows each chip has."""
+    if split is None or not divides(split, split.spec[0], rows):
+        return rows
+    names = split.spec[0] or ()
+    names = (names,) if isinstance(names, str) else names
+    return rows // math.prod(split.mesh.shape[name] for name in names)
+
+
 def in_rows(x: Float[Array, "b ..."], split: NamedSharding | None) -> Float[Array, "b ..."]:
     """The same, each chip with its own rows.
 

@@ -24,7 +24,7 @@ from jaxsd.kernels.split import divides
 
 LANES = 128
 QUERIES = 1024  # most at a time
-KEYS = 128  # at a time
+KEYS = 128  # at a time, or twice as many
 UNROLLED = 32  # most blocks of keys in straight code, where the compiler overlaps neighbours
 MASKED = -1e30  # the score of a key that is padding: as -inf, but without nan
 
@@ -32,6 +32,18 @@ MASKED = -1e30  # the score of a key that is padding: as -inf, but without nan
 # there are pieces, each while the next piece is on its way: 20 channels for a matrix unit of 128.
 # Where an operand has fewer MiB than this, which all have, it gathers the weight first.
 GATHERED = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+# Bytes of vector memory of each core, by what JAX calls a chip. v5e and v6e have most.
+_VECTOR_MEMORY = {
+    128 << 20: ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"),
+    64 << 20: ("TPU v5", "TPU v5p", "TPU7x"),
+}
+
+
+def vector_memory(kind: str) -> int:
+    """Bytes of vector memory of a core of this kind of chip; what all have, where not known."""
+    return next((size for size, kinds in _VECTOR_MEMORY.items() if kind in kinds), 16 << 20)
 
 
 def attends(q: jax.Array, k: jax.Array) -> bool:
@@ -78,13 +90,14 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Arr
 
 
 # Of log(Phi(x) / Phi(-x)) / x in powers of x^2, so fitted that x Phi(x) is off by 3.1e-6 at most.
-_LOGIT = (1.5956562720, 0.0729375821, -2.4972336081e-4, -6.1161994995e-5, 2.2381633576e-6)
+LOGIT = (1.5956562720, 0.0729375821, -2.4972336081e-4, -6.1161994995e-5, 2.2381633576e-6)
+DECIDED = 36.0  # x^2 beyond which Phi is 0 or 1
 
 
 def normal_cdf(x: jax.Array) -> jax.Array:
     """Phi(x) in float32 for what is rounded to bfloat16 then, in half the operations of erf's."""
-    square = jnp.minimum(x * x, 36.0)  # beyond, all of Phi is decided
-    logit = functools.reduce(lambda sum, c: sum * square + c, _LOGIT[-2::-1], _LOGIT[-1])
+    square = jnp.minimum(x * x, DECIDED)
+    logit = functools.reduce(lambda sum, c: sum * square + c, LOGIT[-2::-1], LOGIT[-1])
     return jax.nn.sigmoid(x * logit)
 
 
@@ -133,6 +146,7 @@ def _forward(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> tuple[jax.Ar
     b, h, d, t = q.shape
     s = k.shape[2]
     rows, _ = _block(t, QUERIES, LANES)
+    block = 2 * KEYS if d >= 64 and s % (2 * KEYS) == 0 else KEYS
 
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, log_ref: Any) -> None:
         queries = q_ref[0, 0]
@@ -141,16 +155,21 @@ def _forward(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> tuple[jax.Ar
             most, total, o = carry
             now = jnp.maximum(most, scores.max(0, keepdims=True))
             weights, less = jnp.exp2(scores - now), jnp.exp2(most - now)
-            values = v_ref[0, 0, :, pl.ds(at, KEYS)]
-            total = total * less + weights.sum(0, keepdims=True)
-            return now, total, o * less + _product(values, weights.astype(values.dtype))
+            values = v_ref[0, 0, :, pl.ds(at, block)]
+            total = total * less + weights.reshape(-1, 8, rows).sum(0)
+            return now, total, o * less + product(values, weights.astype(values.dtype))
 
         start = (
             jnp.full((1, rows), MASKED, jnp.float32),
-            jnp.zeros((1, rows), jnp.float32),
+            jnp.zeros((8, rows), jnp.float32),  # a tile, whose rows are added up at the end
             jnp.zeros((d, rows), jnp.float32),
         )
-        most, total, o = _over_keys(step, start, lambda at: _scores(k_ref, queries, at, keys), s)
+
+        def scores(at: Any) -> jax.Array:
+            return _scores(k_ref, queries, at, block, keys)
+
+        most, total, o = _over_keys(step, start, scores, s, block)
+        total = total.sum(0, keepdims=True)
         o_ref[0, 0] = (o / total).astype(o_ref.dtype)
         log_ref[0, 0] = most + jnp.log2(total)
 
@@ -194,19 +213,19 @@ def _backward(
             dv_sum[...] = jnp.zeros_like(dv_sum)
 
         def products(at: Any) -> Any:
-            d_weights = _product(v_t_ref[0, 0, pl.ds(at, KEYS), :], d_out)
-            return _scores(k_ref, queries, at, keys), d_weights
+            d_weights = product(v_t_ref[0, 0, pl.ds(at, KEYS), :], d_out)
+            return _scores(k_ref, queries, at, KEYS, keys), d_weights
 
         def step(dq: jax.Array, made: Any, at: Any) -> jax.Array:
             scores, d_weights = made
             here = (slice(None), pl.ds(at, KEYS))
             weights = jnp.exp2(scores - log_sum)
             d_scores = (weights * (d_weights - of_out)).astype(queries.dtype)
-            dv_sum[here] += _product(d_out, weights.astype(d_out.dtype), 1)
-            dk_sum[here] += _product(queries, d_scores, 1)
-            return dq + _product(k_t_ref[0, 0, :, pl.ds(at, KEYS)], d_scores)
+            dv_sum[here] += product(d_out, weights.astype(d_out.dtype), 1)
+            dk_sum[here] += product(queries, d_scores, 1)
+            return dq + product(k_t_ref[0, 0, :, pl.ds(at, KEYS)], d_scores)
 
-        dq = _over_keys(step, jnp.zeros((d, rows), jnp.float32), products, s)
+        dq = _over_keys(step, jnp.zeros((d, rows), jnp.float32), products, s, KEYS)
         dq_ref[0, 0] = (dq * log_2).astype(dq_ref.dtype)
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -229,17 +248,17 @@ def _backward(
     return dq, dk.swapaxes(2, 3), dv
 
 
-def _scores(k_ref: Any, queries: jax.Array, at: Any, keys: int) -> jax.Array:
-    """Of a block of keys, in float32."""
-    scores = _product(k_ref[0, 0, pl.ds(at, KEYS), :], queries)
+def _scores(k_ref: Any, queries: jax.Array, at: Any, block: int, keys: int) -> jax.Array:
+    """Of a block of keys, of which there are `keys`, in float32."""
+    scores = product(k_ref[0, 0, pl.ds(at, block), :], queries)
     if k_ref.shape[2] == keys:
         return scores
     key = at + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     return jnp.where(key < keys, scores, MASKED)
 
 
-def _product(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
-    """a's last axis with one of b's, summed in float32."""
+def product(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
+    """In a kernel, a's last axis with one of b's, summed in float32."""
     dimensions = (((1,), (axis,)), ((), ()))
     # Products of bfloat16 are exact, and Mosaic refuses to be asked for more
     precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
@@ -248,16 +267,16 @@ def _product(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
     )
 
 
-def _over_keys(step: Callable, carry: Any, products: Callable, size: int) -> Any:
+def _over_keys(step: Callable, carry: Any, products: Callable, size: int, block: int) -> Any:
     """carry = step(carry, products(at), at) for each block of keys, which begins `at`.
 
     The products of the next block come before the step of this one, in which the matrix unit has
     little to do: the compiler does both at once, but does not look so far ahead by itself.
     """
-    straight, _ = _block(size, UNROLLED * KEYS, KEYS)
+    straight, _ = _block(size, UNROLLED * KEYS, block)
 
     def some(i: Any, carry: Any) -> Any:
-        starts = [pl.multiple_of(i * straight, LANES) + at for at in range(0, straight, KEYS)]
+        starts = [pl.multiple_of(i * straight, LANES) + at for at in range(0, straight, block)]
         made = products(starts[0])
         for at, later in zip(starts, [*starts[1:], None], strict=True):
             ahead = None if later is None else products(later)

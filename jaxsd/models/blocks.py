@@ -11,6 +11,8 @@ from jaxsd.nn import (
     Linear,
     attention,
     block,
+    fuses_convolution,
+    normed_convolution,
     upsample_nearest,
 )
 
@@ -42,11 +44,28 @@ class ResnetBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b h w c2"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        known = None
         if self.time_emb_proj is not None and time is not None:
-            y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
-        y = self.conv2(self.dropout(jax.nn.silu(self.norm2(y))))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            known = self.time_emb_proj(jax.nn.silu(time))
+        y = self._half(self.norm1, self.conv1, x, known, None)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return self._half(self.norm2, self.conv2, y, None, shortcut)
+
+    def _half(
+        self,
+        norm: GroupNorm,
+        conv: Conv2d,
+        x: Float[Array, "b h w c"],
+        row: Float[Array, "b c2"] | None,
+        residual: Float[Array, "b h w c2"] | None,
+    ) -> Float[Array, "b h w c2"]:
+        second = conv is self.conv2
+        if not (second and self.dropout.active) and fuses_convolution(conv, x):
+            return normed_convolution(norm, conv, x, row, residual)
+        y = jax.nn.silu(norm(x))
+        y = conv(self.dropout(y) if second else y)
+        y = y if row is None else y + row[:, None, None, :]
+        return y if residual is None else y + residual
 
 
 class AttentionBlock(nnx.Module):

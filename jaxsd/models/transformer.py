@@ -3,11 +3,24 @@
 Vaswani et al. 2017, applied to the positions of a feature map (Rombach et al. 2022, 3.3).
 """
 
+from typing import cast
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxsd.nn import Conv2d, Dropout, GroupNorm, LayerNorm, Linear, attention, block, gelu
+from jaxsd.nn import (
+    Conv2d,
+    Dropout,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    attention,
+    block,
+    fuses_feed_forward,
+    gelu,
+    normed_feed_forward,
+)
 
 
 class CrossAttention(nnx.Module):
@@ -52,6 +65,13 @@ class FeedForward(nnx.Module):
             x = layer(x)
         return x
 
+    def after(self, norm: LayerNorm, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        """x + self(norm(x))"""
+        geglu, dropout, outer = cast("tuple[GEGLU, Dropout, Linear]", tuple(self.net))
+        if dropout.active or not fuses_feed_forward(x):
+            return x + self(norm(x))
+        return normed_feed_forward(norm, geglu.proj, outer, x)
+
 
 class TransformerBlock(nnx.Module):
     """Two attentions and a feed-forward, each after a LayerNorm and with a residual.
@@ -82,7 +102,7 @@ class TransformerBlock(nnx.Module):
     ) -> Float[Array, "b t c"]:
         x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return self.ff.after(self.norm3, x)
 
 
 class Transformer2D(nnx.Module):

@@ -231,6 +231,17 @@ def test_dropout_is_not_left_out(name, fused, interpreted):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("tensor, fused", [(1, True), (2, False)])
+def test_channels_that_are_split_stay_so(name, tensor, fused, interpreted):
+    net, params, given = BLOCKS[name]()
+    mesh = sharding.make_mesh(-1, 2 // tensor, tensor, devices=jax.devices()[:2])
+    with kernels.compiling_for("tpu", NamedSharding(mesh, sharding.HEADS)):
+        given = [jnp.concatenate([x, x]) for x in given]
+        jax.eval_shape(lambda: net(params, *given))
+    assert bool(interpreted) == fused
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_what_is_computed_again_is_not_fused(name, interpreted):
     net, params, given = BLOCKS[name]()
     with nn.rematerialise("selective"):

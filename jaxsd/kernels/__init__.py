@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from jaxsd.kernels import cpu, gpu, tpu, tpu_convolution, tpu_feedforward
-from jaxsd.kernels.split import in_rows, rows_each
+from jaxsd.kernels.split import in_rows, pieces, rows_each
 
 
 class Target(NamedTuple):
@@ -73,6 +73,11 @@ def _for_tpus() -> bool:
     Where it may be for several chips, and not known how, XLA can divide its own operations only.
     """
     return platform() == "tpu" and (_target.get() is not None or jax.device_count() == 1)
+
+
+def _in_rows_alone() -> bool:
+    """Whether a kernel for TPUs may be used that leaves channels in one piece."""
+    return _for_tpus() and pieces(target().split, 1) == 1
 
 
 def compiler_options() -> dict[str, str]:
@@ -169,12 +174,12 @@ def fuses_convolution(x: Float[Array, "b h w i"], outputs: int) -> bool:
     """Whether `normed_convolution` is faster than what it is made of, for so many channels."""
     rows = rows_each(len(x), target().split)
     given = ((rows, *x.shape[1:]), outputs, x.dtype, target().kind)
-    return _for_tpus() and tpu_convolution.convolves(*given)
+    return _in_rows_alone() and tpu_convolution.convolves(*given)
 
 
 def fuses_feed_forward(x: Float[Array, "b t c"]) -> bool:
     """Whether `feed_forward` is faster than what it is made of."""
-    return _for_tpus() and tpu_feedforward.feeds(x.shape, x.dtype, target().kind)
+    return _in_rows_alone() and tpu_feedforward.feeds(x.shape, x.dtype, target().kind)
 
 
 def normed_convolution(

@@ -8,19 +8,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 
+def pieces(split: NamedSharding | None, axis: int) -> int:
+    """Over how many chips an axis is split."""
+    if split is None or axis >= len(split.spec):
+        return 1
+    return _pieces(split, split.spec[axis])
+
+
+def _pieces(split: NamedSharding, axes: Any) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(split.mesh.shape[name] for name in names)
+
+
 def divides(split: NamedSharding, axes: Any, size: int) -> bool:
     """Whether an axis of this size can be split over these axes of the mesh."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return size % math.prod(split.mesh.shape[name] for name in names) == 0
+    return size % _pieces(split, axes) == 0
 
 
 def rows_each(rows: int, split: NamedSharding | None) -> int:
-    """How many of so many rows each chip has."""
-    if split is None or not divides(split, split.spec[0], rows):
-        return rows
-    names = split.spec[0] or ()
-    names = (names,) if isinstance(names, str) else names
-    return rows // math.prod(split.mesh.shape[name] for name in names)
+    """How many of so many rows each chip has: all, where they do not divide."""
+    count = pieces(split, 0)
+    return rows // count if rows % count == 0 else rows
 
 
 def in_rows(x: Float[Array, "b ..."], split: NamedSharding | None) -> Float[Array, "b ..."]:

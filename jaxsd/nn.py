@@ -77,7 +77,7 @@ class Linear(nnx.Module):
 
     def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
         """The outputs in equal parts: where these have different uses."""
-        y = kernels.linear(x, _weight(self.weight, x), count)
+        y = kernels.linear(x, weight_at_work(self.weight, x), count)
         if self.bias is None:
             return y
         biases = jnp.split(self.bias[...], count)
@@ -108,7 +108,7 @@ class Conv2d(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         whole = _remat.get() == "selective"
-        weight = _weight(self.weight, x)
+        weight = weight_at_work(self.weight, x)
         return kernels.convolution(x, weight, bias, self.stride, self.padding, whole)
 
 
@@ -251,6 +251,11 @@ def rematerialise(mode: str):
         _remat.reset(token)
 
 
+def rematerialising() -> bool:
+    """Whether gradients of what is traced here compute some of it again."""
+    return _remat.get() != "none"
+
+
 def block(call: Callable) -> Callable:
     """Marks a module's method as a unit of `rematerialise`; blocks do not lie in each other."""
 
@@ -266,7 +271,7 @@ def block(call: Callable) -> Callable:
     return marked
 
 
-def _weight(variable: nnx.Param, x: jax.Array) -> jax.Array:
+def weight_at_work(variable: nnx.Param, x: jax.Array) -> jax.Array:
     """A matrix or kernel in the dtype of what it is to meet."""
     value: Any = variable[...]
     return value.at_work(x) if isinstance(value, eight_bits.Eight) else value.astype(x.dtype)
@@ -295,50 +300,6 @@ def attention(
     split = [x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v)]  # [b, t, h, d]
     x = kernels.attention(*split, causal=causal)
     return checkpoint_name(x.reshape(q.shape).astype(q.dtype), "attention")
-
-
-# Operations that are one on some machines, where no gradient is to compute things again: what is
-# costly must be found stored then, by itself.
-
-
-def fuses_convolution(conv: Conv2d, x: Float[Array, "b h w c"]) -> bool:
-    """Whether `normed_convolution` is one operation for this x, and faster than three."""
-    plain = (conv.stride, conv.padding) == (1, ((1, 1), (1, 1)))
-    return plain and _remat.get() == "none" and kernels.fuses_convolution(x, conv.outputs)
-
-
-def normed_convolution(
-    norm: GroupNorm,
-    conv: Conv2d,
-    x: Float[Array, "b h w c"],
-    row: Float[Array, "b c2"] | None,
-    residual: Float[Array, "b h w c2"] | None,
-) -> Float[Array, "b h w c2"]:
-    """conv(silu(norm(x))) + row + residual; where `fuses_convolution`, of 3x3."""
-    scale, shift = (array.reshape(len(x), -1) for array in norm.affine(x))
-    bias = jnp.zeros((len(x), conv.outputs), jnp.float32)
-    if conv.bias is not None:
-        bias = bias + _last_axis(conv.bias, bias)
-    if row is not None:
-        bias = bias + row.astype(jnp.float32)
-    weight = _weight(conv.weight, x)
-    return kernels.normed_convolution(x, scale, shift, weight, bias, residual)
-
-
-def fuses_feed_forward(x: Float[Array, "b t c"]) -> bool:
-    """Whether `normed_feed_forward` is one operation for this x, and faster than six."""
-    return _remat.get() == "none" and kernels.fuses_feed_forward(x)
-
-
-def normed_feed_forward(
-    norm: LayerNorm, inner: Linear, outer: Linear, x: Float[Array, "b t c"]
-) -> Float[Array, "b t c"]:
-    """x + outer(value * gelu(gate)), (value, gate) = inner(norm(x)); where `fuses_feed_forward`."""
-    assert inner.bias is not None and outer.bias is not None
-    first, second = (_weight(layer.weight, x) for layer in (inner, outer))
-    affine = (norm.weight[...], norm.bias[...])
-    biases = (inner.bias[...], outer.bias[...])
-    return kernels.feed_forward(x, *affine, first, biases[0], second, biases[1], eps=norm.eps)
 
 
 def upsample_nearest(

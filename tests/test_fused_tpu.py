@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # which knows of races
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
 from jaxsd import eight_bits, kernels, nn, sharding
@@ -78,6 +80,16 @@ def test_half_a_resnet_block(h, w, i, o, parts, residual, monkeypatch):
     given = convolved(h, w, i, o, residual)
     true = jax.jit(tpu_convolution.plain)(*widened(given))
     assert_as_near(convolution(*given), jax.jit(tpu_convolution.plain)(*given), true)
+
+
+@pytest.mark.parametrize("w, i, parts", [(64, 32, 1), (128, 64, 2)])
+def test_what_is_brought_is_there_before_it_is_read(w, i, parts, monkeypatch):
+    monkeypatch.setattr(tpu_convolution, "CHANNELS", i // parts)
+    given = convolved(16, w, i, 16, b=4)
+    strictly = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    y = tpu_convolution.convolution(*given, interpret=strictly)
+    np.testing.assert_array_equal(y, convolution(*given))
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize("t, c", [(1024, 64), (1152, 64), (256, 192)])

@@ -52,7 +52,7 @@ def convolution(
     bias: Float[Array, "b o"],
     residual: Float[Array, "b h w o"] | None = None,
     split: NamedSharding | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "b h w o"]:
     """conv(silu(x scale + shift), weight) + bias + residual; scale, shift and bias in float32.
 
@@ -145,7 +145,7 @@ def _local(
     weight: jax.Array,
     bias: jax.Array,
     residual: jax.Array | None,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
     b, h, w, i = x.shape
     o, positions = len(weight), h * w
@@ -184,7 +184,7 @@ def _kernel(
     bias: jax.Array,
     residual: jax.Array | None,
     width: int,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
     """x [b, i, positions] -> [b, o, positions].
 

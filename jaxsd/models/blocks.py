@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxsd.fused import fuses_convolution, normed_convolution
 from jaxsd.nn import (
     Conv2d,
     Dropout,
@@ -11,8 +12,6 @@ from jaxsd.nn import (
     Linear,
     attention,
     block,
-    fuses_convolution,
-    normed_convolution,
     upsample_nearest,
 )
 

@@ -9,18 +9,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxsd.nn import (
-    Conv2d,
-    Dropout,
-    GroupNorm,
-    LayerNorm,
-    Linear,
-    attention,
-    block,
-    fuses_feed_forward,
-    gelu,
-    normed_feed_forward,
-)
+from jaxsd.fused import fuses_feed_forward, normed_feed_forward
+from jaxsd.nn import Conv2d, Dropout, GroupNorm, LayerNorm, Linear, attention, block, gelu
 
 
 class CrossAttention(nnx.Module):

@@ -1,0 +1,51 @@
+"""Parts of blocks that are one operation on some machines; elsewhere their layers, one by one.
+
+Not where a gradient is to compute things again: what is costly must be found stored then, by
+itself.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsd import kernels
+from jaxsd.nn import Conv2d, GroupNorm, LayerNorm, Linear, rematerialising, weight_at_work
+
+
+def fuses_convolution(conv: Conv2d, x: Float[Array, "b h w c"]) -> bool:
+    """Whether `normed_convolution` is one operation for this x, and faster than three."""
+    plain = conv.weight.shape[2:] == (3, 3) and (conv.stride, conv.padding) == (1, ((1, 1), (1, 1)))
+    return plain and not rematerialising() and kernels.fuses_convolution(x, conv.outputs)
+
+
+def normed_convolution(
+    norm: GroupNorm,
+    conv: Conv2d,
+    x: Float[Array, "b h w c"],
+    row: Float[Array, "b c2"] | None,
+    residual: Float[Array, "b h w c2"] | None,
+) -> Float[Array, "b h w c2"]:
+    """conv(silu(norm(x))) + row + residual; where `fuses_convolution`."""
+    scale, shift = (array.reshape(len(x), -1) for array in norm.affine(x))
+    bias = jnp.zeros((len(x), conv.outputs), jnp.float32)
+    if conv.bias is not None:
+        bias = bias + conv.bias[...].astype(jnp.float32)[None]
+    if row is not None:
+        bias = bias + row.astype(jnp.float32)
+    weight = weight_at_work(conv.weight, x)
+    return kernels.normed_convolution(x, scale, shift, weight, bias, residual)
+
+
+def fuses_feed_forward(x: Float[Array, "b t c"]) -> bool:
+    """Whether `normed_feed_forward` is one operation for this x, and faster than six."""
+    return not rematerialising() and kernels.fuses_feed_forward(x)
+
+
+def normed_feed_forward(
+    norm: LayerNorm, inner: Linear, outer: Linear, x: Float[Array, "b t c"]
+) -> Float[Array, "b t c"]:
+    """x + outer(value * gelu(gate)), (value, gate) = inner(norm(x)); where `fuses_feed_forward`."""
+    assert inner.bias is not None and outer.bias is not None
+    first, second = (weight_at_work(layer.weight, x) for layer in (inner, outer))
+    affine = (norm.weight[...], norm.bias[...])
+    biases = (inner.bias[...], outer.bias[...])
+    return kernels.feed_forward(x, *affine, first, biases[0], second, biases[1], eps=norm.eps)

@@ -13,7 +13,7 @@ from jaxsd.nn import Conv2d, GroupNorm, LayerNorm, Linear, rematerialising, weig
 
 def fuses_convolution(conv: Conv2d, x: Float[Array, "b h w c"]) -> bool:
     """Whether `normed_convolution` is one operation for this x, and faster than three."""
-    plain = conv.weight.shape[2:] == (3, 3) and (conv.stride, conv.padding) == (1, ((1, 1), (1, 1)))
+    plain = (conv.kernel, conv.stride, conv.padding) == (3, 1, ((1, 1), (1, 1)))
     return plain and not rematerialising() and kernels.fuses_convolution(x, conv.outputs)
 
 

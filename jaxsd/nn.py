@@ -97,7 +97,7 @@ class Conv2d(nnx.Module):
         bias: bool = True,
         init: Initializer = fan_in_uniform,
     ):
-        self.outputs, self.stride = outputs, stride
+        self.outputs, self.kernel, self.stride = outputs, kernel, stride
         if isinstance(padding, int):
             padding = ((padding, padding), (padding, padding))
         self.padding = padding

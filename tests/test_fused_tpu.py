@@ -223,10 +223,13 @@ def test_blocks_take_the_kernels(name, times, interpreted, monkeypatch):
 
 
 @pytest.mark.parametrize("name, times", [("convolution", 2), ("feed-forward", 1)])
-def test_blocks_in_eight_bits_take_them(name, times, interpreted, monkeypatch):
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_blocks_in_eight_bits_take_them(name, times, form, interpreted, monkeypatch):
     net, params, given = BLOCKS[name]()
     monkeypatch.setattr(tpu, "attends", lambda *_: False)
-    params = eight_bits.quantised(params, "int8")
+    params = eight_bits.quantised({f"mid_block.{n}": x for n, x in params.items()}, form)
+    params = {n.removeprefix("mid_block."): x for n, x in params.items()}
+    assert eight_bits.is_quantised(params)
     ours = net(params, *given)
     assert interpreted == [name] * times
     with kernels.compiling_for("any"):

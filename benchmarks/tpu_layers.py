@@ -2,10 +2,10 @@
 
     python benchmarks/tpu_layers.py --layers attention resnet feed-forward
 
-compiles each with 8 rows in bfloat16 for one v5e, and prints estimates by bundles (tpu_bundles.py).
-attention: four projections and the attention between them, by our kernel, by jax's own for TPUs
-(flash, splash), and by XLA. resnet, a ResNet block, and feed-forward, of a transformer from its
-norm to its residual: by our kernels, and by XLA.
+compiles each with 8 rows in bfloat16 for one chip, a v5e, and prints estimates by bundles
+(tpu_bundles.py). attention: four projections and the attention between them, by our kernel, by
+jax's own for TPUs (flash, splash), and by XLA. resnet, a ResNet block, and feed-forward, of a
+transformer from its norm to its residual: by our kernels, and by XLA.
 """
 
 import contextlib
@@ -52,6 +52,8 @@ class Options:
     """Channels that a ResNet block is given, if others."""
     heads: int = 8
     rows: int = 8
+    topology: str = "v5e:2x4"
+    """Of whose chips one is compiled for."""
 
 
 class Fed(nnx.Module):
@@ -144,7 +146,8 @@ def forms(
 def main(options: Options) -> None:
     folder = Path(tempfile.mkdtemp())
     os.environ["LIBTPU_INIT_ARGS"] = tpu_bundles.FLAGS.format(folder=folder)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
+    chip = tpu_estimate.CHIPS[options.topology.split(":")[0]]
     where = SingleDeviceSharding(topology.devices[0])
 
     split = NamedSharding(sharding.make_mesh(devices=topology.devices[:1]), sharding.HEADS)
@@ -159,7 +162,7 @@ def main(options: Options) -> None:
             with kernels.compiling_for("tpu", split):
                 lowered = jax.jit(form).lower(*given)
             text = lowered.compile().as_text()
-            found = tpu_estimate.Program(text, tpu_estimate.CHIPS["v5e"], tpu_bundles.read(folder))
+            found = tpu_estimate.Program(text, chip, tpu_bundles.read(folder))
             of_kernels = sum(row.seconds for row in found.rows if row.kind == "kernel")
             print(f"| {way} | {found.seconds * 1e3:.2f} | {of_kernels * 1e3:.2f} |", flush=True)
             for path in folder.iterdir():

@@ -282,8 +282,8 @@ class Bundles(NamedTuple):
     """Cycles of an instruction's program (tpu_bundles.py), without waiting for memory.
 
     always: what runs each time. seldom: in branches of the innermost loop, which are its beginning
-    and its end; of Pallas' kernels, in those of a first or a last step of the grid. rounds: of the
-    outer loop, in which memory is fetched for the next one.
+    and its end; of Pallas' kernels, in those of one step of the grid, as if there were one. rounds:
+    of the outer loop, in which memory is fetched for the next one.
     """
 
     always: int

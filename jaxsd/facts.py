@@ -17,7 +17,7 @@ def facts(configs: Facts) -> dict[str, Any]:
     """What must be the same where programs are made and where they are run."""
     libraries = {name: metadata.version(name) for name in ("jaxsd", "jax", "jaxlib")}
     machine = {"platform": jax.default_backend()}
-    if machine["platform"] == "gpu":  # whose kernels are chosen by the card
+    if machine["platform"] != "cpu":  # kernels are chosen by the card, or the chip
         machine["device"] = jax.devices()[0].device_kind
     settings = {name: str(getattr(jax.config, name)) for name in SETTINGS}
     return {**libraries, **machine, **settings, **plain(configs)}

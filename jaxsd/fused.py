@@ -1,20 +1,20 @@
 """Parts of blocks that are one operation on some machines; elsewhere their layers, one by one.
 
-Not where a gradient is to compute things again: what is costly must be found stored then, by
-itself.
+Not in trainings: gradients would compute again what is made on the way, which takes as long as what
+is gained, and where they are to do so anyway, what is costly must be found stored by itself.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsd import kernels
-from jaxsd.nn import Conv2d, GroupNorm, LayerNorm, Linear, rematerialising, weight_at_work
+from jaxsd.nn import Conv2d, GroupNorm, LayerNorm, Linear, for_gradients, weight_at_work
 
 
 def fuses_convolution(conv: Conv2d, x: Float[Array, "b h w c"]) -> bool:
     """Whether `normed_convolution` is one operation for this x, and faster than three."""
     plain = (conv.kernel, conv.stride, conv.padding) == (3, 1, ((1, 1), (1, 1)))
-    return plain and not rematerialising() and kernels.fuses_convolution(x, conv.outputs)
+    return plain and not for_gradients() and kernels.fuses_convolution(x, conv.outputs)
 
 
 def normed_convolution(
@@ -37,7 +37,7 @@ def normed_convolution(
 
 def fuses_feed_forward(x: Float[Array, "b t c"]) -> bool:
     """Whether `normed_feed_forward` is one operation for this x, and faster than six."""
-    return not rematerialising() and kernels.fuses_feed_forward(x)
+    return not for_gradients() and kernels.fuses_feed_forward(x)
 
 
 def normed_feed_forward(

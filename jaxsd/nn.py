@@ -121,8 +121,9 @@ class GroupNorm(nnx.Module):
         self.bias = parameter((channels,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale, shift = self.affine(x)
-        return (x.astype(jnp.float32) * scale + shift).astype(x.dtype)
+        y = x.astype(jnp.float32)  # once: of two the gradients would be added up rounded
+        scale, shift = self.affine(y)
+        return (y * scale + shift).astype(x.dtype)
 
     def affine(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The scale and the shift [b, 1 ..., c], in float32, that normalise this x."""
@@ -235,7 +236,7 @@ _REMAT: dict[str, Callable | None] = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-_remat: contextvars.ContextVar[str] = contextvars.ContextVar("remat", default="none")
+_remat: contextvars.ContextVar[str | None] = contextvars.ContextVar("remat", default=None)
 
 
 @contextlib.contextmanager
@@ -251,9 +252,9 @@ def rematerialise(mode: str):
         _remat.reset(token)
 
 
-def rematerialising() -> bool:
-    """Whether gradients of what is traced here compute some of it again."""
-    return _remat.get() != "none"
+def for_gradients() -> bool:
+    """Whether this is traced for a training, inside of `rematerialise`."""
+    return _remat.get() is not None
 
 
 def block(call: Callable) -> Callable:
@@ -261,7 +262,7 @@ def block(call: Callable) -> Callable:
 
     @functools.wraps(call)
     def marked(*arguments: Any) -> Any:
-        policy = _REMAT[_remat.get()]
+        policy = _REMAT[_remat.get() or "none"]
         if policy is None:
             return call(*arguments)
         # A function of nothing, anew each time: jax.checkpoint remembers what it has traced, and

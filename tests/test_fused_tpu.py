@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # which knows of races
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
@@ -84,6 +83,8 @@ def test_half_a_resnet_block(h, w, i, o, parts, residual, monkeypatch):
 
 @pytest.mark.parametrize("w, i, parts", [(64, 32, 1), (128, 64, 2)])
 def test_what_is_brought_is_there_before_it_is_read(w, i, parts, monkeypatch):
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # which knows of races
+
     monkeypatch.setattr(tpu_convolution, "CHANNELS", i // parts)
     given = convolved(16, w, i, 16, b=4)
     strictly = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -149,6 +150,7 @@ def test_each_device_has_its_own_rows(rows):
         ((8, 96, 96, 320), 320, jnp.bfloat16, False),  # rows that are no half of a tile
         ((8, 64, 64, 320), 4, jnp.bfloat16, False),
         ((8, 128, 128, 320), 320, jnp.bfloat16, False),  # too large
+        ((96, 64, 64, 960), 320, jnp.bfloat16, False),  # too many scales and shifts
     ],
 )
 def test_which_convolutions_are_fused(shape, outputs, dtype, fused):
@@ -257,9 +259,10 @@ def test_channels_that_are_split_stay_so(name, tensor, fused, interpreted):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_what_is_computed_again_is_not_fused(name, interpreted):
+@pytest.mark.parametrize("remat", ["none", "selective"])
+def test_trainings_are_not_fused(name, remat, interpreted):
     net, params, given = BLOCKS[name]()
-    with nn.rematerialise("selective"):
+    with nn.rematerialise(remat):
         jax.eval_shape(lambda: net(params, *given))
     assert interpreted == []
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsd.nn import Conv2d, Net, attention
+from jaxsd.nn import Conv2d, GroupNorm, Net, attention
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks at what the CPU backend does")
@@ -34,3 +34,12 @@ def test_attention_in_float16(causal):
     half = attention(*(x.astype(jnp.float16) for x in (q, k, v)), 2, causal)
     assert half.dtype == jnp.float16
     np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=5e-3)
+
+
+def test_the_gradient_of_a_norm_is_rounded_once():
+    net = Net(GroupNorm(4, 16, 1e-5))
+    params = net.init(jax.random.key(0))
+    x, d = (jax.random.normal(jax.random.key(n), (2, 8, 8, 16), jnp.bfloat16) for n in (1, 2))
+    ours = jax.vjp(lambda x: net(params, x), x)[1](d)[0].astype(jnp.float32)
+    true = jax.vjp(lambda x: net(params, x), x.astype(jnp.float32))[1](d.astype(jnp.float32))[0]
+    assert jnp.sqrt(((ours - true) ** 2).mean() / (true**2).mean()) <= 0.0025  # 2^-9, and a little

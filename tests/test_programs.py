@@ -116,9 +116,10 @@ def test_a_linear_preview_beside_programs(words, folder):
     np.testing.assert_array_equal(usual, compiled)
 
 
-def test_facts_name_the_card(monkeypatch):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_facts_name_the_card(platform, monkeypatch):
     assert "device" not in facts.facts({})
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert facts.facts({})["device"] == jax.devices()[0].device_kind
 
 

@@ -34,8 +34,8 @@ class Target(NamedTuple):
     def kind(self) -> str:
         """What JAX calls the chips, such as "TPU v5 lite"; "" where they are not known."""
         if self.split is not None:
-            devices = getattr(self.split.mesh, "devices", None)
-            return "" if devices is None else devices.flat[0].device_kind
+            mesh = self.split.mesh
+            return mesh.devices.flat[0].device_kind if isinstance(mesh, jax.sharding.Mesh) else ""
         return jax.devices()[0].device_kind if self.platform == jax.default_backend() else ""
 
 
@@ -173,8 +173,8 @@ def convolution(
 def fuses_convolution(x: Float[Array, "b h w i"], outputs: int) -> bool:
     """Whether `normed_convolution` is faster than what it is made of, for so many channels."""
     rows = rows_each(len(x), target().split)
-    given = ((rows, *x.shape[1:]), outputs, x.dtype, target().kind)
-    return _in_rows_alone() and tpu_convolution.convolves(*given)
+    shape = (rows, *x.shape[1:])
+    return _in_rows_alone() and tpu_convolution.convolves(shape, outputs, x.dtype, target().kind)
 
 
 def fuses_feed_forward(x: Float[Array, "b t c"]) -> bool:

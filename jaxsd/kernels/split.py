@@ -1,6 +1,7 @@
 """How arrays lie on several chips: each has the rows, and the heads, of its own pictures."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,21 @@ def rows_each(rows: int, split: NamedSharding | None) -> int:
     """How many of so many rows each chip has: all, where they do not divide."""
     count = pieces(split, 0)
     return rows // count if rows % count == 0 else rows
+
+
+def over_rows(
+    kernel: Callable, split: NamedSharding | None, rows: int, by_row: Sequence[bool]
+) -> Callable:
+    """The kernel on each chip's rows; by_row: of which arguments these are parts.
+
+    XLA itself can divide no kernel. Rows that do not divide stay whole.
+    """
+    if split is None:
+        return kernel
+    axes = split.spec[0] if divides(split, split.spec[0], rows) else None
+    spec, whole = PartitionSpec(axes), PartitionSpec()
+    specs = tuple(spec if own else whole for own in by_row)
+    return jax.shard_map(kernel, mesh=split.mesh, in_specs=specs, out_specs=spec, check_vma=False)
 
 
 def in_rows(x: Float[Array, "b ..."], split: NamedSharding | None) -> Float[Array, "b ..."]:

@@ -146,7 +146,9 @@ def _forward(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> tuple[jax.Ar
     b, h, d, t = q.shape
     s = k.shape[2]
     rows, _ = _block(t, QUERIES, LANES)
-    block = 2 * KEYS if d >= 64 and s % (2 * KEYS) == 0 else KEYS
+    # Twice as many, where they cover the keys in as many pieces of straight code
+    twice = d >= 64 and _block(s, UNROLLED * KEYS, 2 * KEYS)[1] == s
+    block = 2 * KEYS if twice else KEYS
 
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, log_ref: Any) -> None:
         queries = q_ref[0, 0]
@@ -273,7 +275,8 @@ def _over_keys(step: Callable, carry: Any, products: Callable, size: int, block:
     The products of the next block come before the step of this one, in which the matrix unit has
     little to do: the compiler does both at once, but does not look so far ahead by itself.
     """
-    straight, _ = _block(size, UNROLLED * KEYS, block)
+    straight, covered = _block(size, UNROLLED * KEYS, block)
+    assert covered == size
 
     def some(i: Any, carry: Any) -> Any:
         starts = [pl.multiple_of(i * straight, LANES) + at for at in range(0, straight, block)]

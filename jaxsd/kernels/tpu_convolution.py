@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from jaxsd.kernels import tpu
-from jaxsd.kernels.split import divides, in_rows
+from jaxsd.kernels.split import in_rows, over_rows
 
 GROUP = 16  # channels that are shifted at a time: a tile of bfloat16
 POSITIONS = 1024  # whose results are made at a time
@@ -41,7 +41,7 @@ def convolves(shape: tuple[int, ...], outputs: int, dtype: Any, kind: str) -> bo
     plan = _plan(i)
     if plan is None or b * plan % 2 != 0:
         return False
-    return _memory(h * w, w, i, outputs) <= MEMORY and LIMIT < tpu.vector_memory(kind)
+    return _memory(b, h * w, w, i, outputs) <= MEMORY and LIMIT < tpu.vector_memory(kind)
 
 
 def convolution(
@@ -88,19 +88,8 @@ def _convolution(
     interpret: Any,
 ) -> jax.Array:
     kernel = functools.partial(_local, interpret=interpret)
-    given = (x, scale, shift, weight, bias, residual)
-    if split is None:
-        return kernel(*given)
-    rows = split.spec[0] if divides(split, split.spec[0], len(x)) else None
-    spec, whole = PartitionSpec(rows), PartitionSpec()
-    shared = jax.shard_map(
-        kernel,
-        mesh=split.mesh,
-        in_specs=(spec, spec, spec, whole, spec, spec),
-        out_specs=spec,
-        check_vma=False,
-    )
-    return shared(*given)
+    by_row = (True, True, True, False, True, True)
+    return over_rows(kernel, split, len(x), by_row)(x, scale, shift, weight, bias, residual)
 
 
 def _forward(*given: Any) -> Any:
@@ -122,14 +111,16 @@ def _plan(channels: int) -> int | None:
     return parts if parts <= 2 and channels % (parts * GROUP) == 0 else None
 
 
-def _memory(positions: int, width: int, channels: int, outputs: int) -> int:
-    """Bytes of vector memory: shifted pictures, and blocks that come and go, each twice."""
+def _memory(rows: int, positions: int, width: int, channels: int, outputs: int) -> int:
+    """Bytes of vector memory: all rows' scale and shift, each filled up to a tile, the shifted
+    pictures, and blocks that come and go, each twice."""
     parts = _plan(channels) or 1
     part = channels // parts
     shifted = 2 * sum(3 * part // 2 * 4 * lanes for lanes in _shifted(positions, width))
-    rows = 2 // parts
-    blocks = part * positions + 2 * rows * outputs * positions + 9 * channels * outputs
-    return shifted + 2 * 2 * blocks + (parts > 1) * outputs * positions * 4
+    results = 2 // parts
+    blocks = part * positions + 2 * results * outputs * positions + 9 * channels * outputs
+    affine = rows * channels * tpu.LANES * 4
+    return affine + shifted + 2 * 2 * blocks + (parts > 1) * outputs * positions * 4
 
 
 def _shifted(positions: int, width: int) -> list[int]:

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from jaxsd.kernels import tpu
-from jaxsd.kernels.split import divides, in_rows
+from jaxsd.kernels.split import in_rows, over_rows
 
 POSITIONS = 1024  # most at a time
 HIDDEN = 640  # most of the inner channels at a time
 WIDEST = 640  # channels whose weights fit into vector memory, twice
 MEMORY = 60 << 20  # bytes of it, that it has to have
-LIMIT = 100 << 20  # of those that may be used
+LIMIT = 100 << 20  # of it, that the compiler may take where a chip has them
 
 
 class Weights(NamedTuple):
@@ -63,7 +63,7 @@ def feed_forward(
 def plain(x: jax.Array, weights: Weights, eps: float) -> jax.Array:
     """The same, in XLA's operations."""
     scale, shift, inner_bias, outer_bias = (
-        vector.reshape(1, 1, -1)
+        vector.astype(jnp.float32).reshape(1, 1, -1)
         for vector in (weights.scale, weights.shift, weights.inner_bias, weights.outer_bias)
     )
     y = _normalised(x.astype(jnp.float32), -1, eps) * scale + shift
@@ -81,18 +81,7 @@ def _normalised(x: jax.Array, axis: int, eps: float) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _feed_forward(x: Any, weights: Weights, eps: float, split: Any, interpret: bool) -> jax.Array:
     kernel = functools.partial(_local, eps=eps, interpret=interpret)
-    if split is None:
-        return kernel(x, weights)
-    rows = split.spec[0] if divides(split, split.spec[0], len(x)) else None
-    spec = PartitionSpec(rows)
-    shared = jax.shard_map(
-        kernel,
-        mesh=split.mesh,
-        in_specs=(spec, PartitionSpec()),
-        out_specs=spec,
-        check_vma=False,
-    )
-    return shared(x, weights)
+    return over_rows(kernel, split, len(x), (True, False))(x, weights)
 
 
 def _forward(x: Any, weights: Weights, eps: float, split: Any, interpret: bool) -> Any:

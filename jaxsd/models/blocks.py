@@ -46,23 +46,23 @@ class ResnetBlock(nnx.Module):
         known = None
         if self.time_emb_proj is not None and time is not None:
             known = self.time_emb_proj(jax.nn.silu(time))
-        y = self._half(self.norm1, self.conv1, x, known, None)
+        y = self._half(self.norm1, self.conv1, x, row=known)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return self._half(self.norm2, self.conv2, y, None, shortcut)
+        return self._half(self.norm2, self.conv2, y, self.dropout, residual=shortcut)
 
     def _half(
         self,
         norm: GroupNorm,
         conv: Conv2d,
         x: Float[Array, "b h w c"],
-        row: Float[Array, "b c2"] | None,
-        residual: Float[Array, "b h w c2"] | None,
+        dropout: Dropout | None = None,
+        row: Float[Array, "b c2"] | None = None,
+        residual: Float[Array, "b h w c2"] | None = None,
     ) -> Float[Array, "b h w c2"]:
-        second = conv is self.conv2
-        if not (second and self.dropout.active) and fuses_convolution(conv, x):
+        if not (dropout and dropout.active) and fuses_convolution(conv, x):
             return normed_convolution(norm, conv, x, row, residual)
         y = jax.nn.silu(norm(x))
-        y = conv(self.dropout(y) if second else y)
+        y = conv(y if dropout is None else dropout(y))
         y = y if row is None else y + row[:, None, None, :]
         return y if residual is None else y + residual
 

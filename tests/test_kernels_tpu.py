@@ -53,8 +53,6 @@ def assert_near(ours, expected):
         (128, 700, 16, 4),  # the same of several at a time
         (128, 1024, 64, 4),  # twice as many keys at a time
         (128, 6400, 64, 32),  # which would not cover these
-        (128, 4352, 64, 32),
-        (128, 12544, 64, 32),
     ],
 )
 def test_the_plain_form_and_its_gradients(t, s, d, straight, monkeypatch):

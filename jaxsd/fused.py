@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsd import kernels
+from jaxsd.kernels.tpu_feedforward import Weights
 from jaxsd.nn import Conv2d, GroupNorm, LayerNorm, Linear, for_gradients, weight_at_work
 
 
@@ -45,7 +46,12 @@ def normed_feed_forward(
 ) -> Float[Array, "b t c"]:
     """x + outer(value * gelu(gate)), (value, gate) = inner(norm(x)); where `fuses_feed_forward`."""
     assert inner.bias is not None and outer.bias is not None
-    first, second = (weight_at_work(layer.weight, x) for layer in (inner, outer))
-    affine = (norm.weight[...], norm.bias[...])
-    biases = (inner.bias[...], outer.bias[...])
-    return kernels.feed_forward(x, *affine, first, biases[0], second, biases[1], eps=norm.eps)
+    weights = Weights(
+        norm.weight[...],
+        norm.bias[...],
+        weight_at_work(inner.weight, x),
+        inner.bias[...],
+        weight_at_work(outer.weight, x),
+        outer.bias[...],
+    )
+    return kernels.feed_forward(x, weights, norm.eps)

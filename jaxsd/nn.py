@@ -195,11 +195,14 @@ class Dropout(nnx.Module):
     @property
     def active(self) -> bool:
         """Whether it is more than the identity, here and now."""
-        return _dropout_keys.get() is not None and self.rate > 0
+        return self._keys() is not None
+
+    def _keys(self) -> Iterator[jax.Array] | None:
+        return _dropout_keys.get() if self.rate > 0 else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        keys = _dropout_keys.get()
-        if keys is None or self.rate == 0:
+        keys = self._keys()
+        if keys is None:
             return x
         kept = jax.random.bernoulli(next(keys), 1 - self.rate, x.shape)
         return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))

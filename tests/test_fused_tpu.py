@@ -175,23 +175,23 @@ def test_which_feed_forwards_are_fused(shape, dtype, fused):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """As on a TPU, with a count of what was fused."""
-    count = []
+    """As on a TPU, with a list of what was fused."""
+    fused = []
 
-    convolution, feed_forward = tpu_convolution._convolution, tpu_feedforward._feed_forward
-    monkeypatch.setattr(
-        tpu_convolution,
-        "convolution",
-        lambda *given: (count.append("convolution"), convolution(*given, True))[1],
-    )
-    monkeypatch.setattr(
-        tpu_feedforward,
-        "feed_forward",
-        lambda *given: (count.append("feed-forward"), feed_forward(*given, True))[1],
-    )
+    def interpreting(name, kernel):
+        def call(*given):
+            fused.append(name)
+            return kernel(*given, True)
+
+        return call
+
+    for module, function in ((tpu_convolution, "convolution"), (tpu_feedforward, "feed_forward")):
+        kernel = getattr(module, function)
+        monkeypatch.setattr(module, function, interpreting(function, kernel))
     monkeypatch.setattr(tpu, "vector_memory", lambda kind: 128 << 20)
+    monkeypatch.setattr(tpu, "attends", lambda *_: False)  # which is tested elsewhere
     with kernels.compiling_for("tpu"):
-        yield count
+        yield fused
 
 
 def resnet():
@@ -208,39 +208,36 @@ def transformer():
     return net, params, (x, told)
 
 
-BLOCKS = {"convolution": resnet, "feed-forward": transformer}
+BLOCKS = {"convolution": resnet, "feed_forward": transformer}
 
 
-@pytest.mark.parametrize("name, times", [("convolution", 2), ("feed-forward", 1)])
-def test_blocks_take_the_kernels(name, times, interpreted, monkeypatch):
-    net, params, given = BLOCKS[name]()
-    monkeypatch.setattr(tpu, "attends", lambda *_: False)  # which is tested elsewhere
+def assert_as_plain(net, params, given):
     ours = net(params, *given)
-    assert interpreted == [name] * times
     with kernels.compiling_for("any"):
         plain = jax.jit(lambda *given: net(*given))(params, *given)
         true = jax.jit(lambda *given: net(*given))(params, *widened(given))
     assert_as_near(ours, plain, true)
+
+
+@pytest.mark.parametrize("name, times", [("convolution", 2), ("feed_forward", 1)])
+def test_blocks_take_the_kernels(name, times, interpreted):
+    assert_as_plain(*BLOCKS[name]())
+    assert interpreted == [name] * times
 
 
 @pytest.mark.parametrize(
-    "name, form, times", [("convolution", "fp8", 2), ("feed-forward", "int8", 1)]
+    "name, form, times", [("convolution", "fp8", 2), ("feed_forward", "int8", 1)]
 )
-def test_blocks_in_eight_bits_take_them(name, form, times, interpreted, monkeypatch):
+def test_blocks_in_eight_bits_take_them(name, form, times, interpreted):
     net, params, given = BLOCKS[name]()
-    monkeypatch.setattr(tpu, "attends", lambda *_: False)
     params = eight_bits.quantised({f"mid_block.{n}": x for n, x in params.items()}, form)
     params = {n.removeprefix("mid_block."): x for n, x in params.items()}
     assert eight_bits.is_quantised(params)
-    ours = net(params, *given)
+    assert_as_plain(net, params, given)
     assert interpreted == [name] * times
-    with kernels.compiling_for("any"):
-        plain = jax.jit(lambda *given: net(*given))(params, *given)
-        true = jax.jit(lambda *given: net(*given))(params, *widened(given))
-    assert_as_near(ours, plain, true)
 
 
-@pytest.mark.parametrize("name, fused", [("convolution", 1), ("feed-forward", 0)])
+@pytest.mark.parametrize("name, fused", [("convolution", 1), ("feed_forward", 0)])
 def test_dropout_is_not_left_out(name, fused, interpreted):
     net, params, given = BLOCKS[name]()
     jax.eval_shape(lambda: net(params, *given, dropout_key=jax.random.key(1)))

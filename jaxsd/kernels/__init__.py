@@ -195,9 +195,8 @@ def normed_convolution(
     return tpu_convolution.convolution(*given, target().split)
 
 
-def feed_forward(x: Float[Array, "b t c"], *weights: jax.Array, eps: float) -> jax.Array:
-    """x + outer(GEGLU(LayerNorm(x))); where `fuses_feed_forward`.
-
-    weights: `tpu_feedforward.Weights`. eps: of LayerNorm.
-    """
-    return tpu_feedforward.feed_forward(x, tpu_feedforward.Weights(*weights), eps, target().split)
+def feed_forward(
+    x: Float[Array, "b t c"], weights: tpu_feedforward.Weights, eps: float
+) -> Float[Array, "b t c"]:
+    """x + outer(GEGLU(LayerNorm(x))), eps of LayerNorm; where `fuses_feed_forward`."""
+    return tpu_feedforward.feed_forward(x, weights, eps, target().split)

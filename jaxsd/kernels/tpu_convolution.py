@@ -8,7 +8,6 @@ memory while the matrix unit works on those made before.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -38,12 +37,13 @@ def convolves(shape: tuple[int, ...], outputs: int, dtype: Any, kind: str) -> bo
         return False
     if (i % tpu.LANES == 0 and outputs % tpu.LANES == 0) or outputs % GROUP:
         return False
-    plan = _plan(i)
-    if plan is None or b * plan % 2 != 0:
+    parts = _parts(i)
+    if parts is None or b * parts % 2 != 0:  # works on two at a time
         return False
     return _memory(b, h * w, w, i, outputs) <= MEMORY and LIMIT < tpu.vector_memory(kind)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def convolution(
     x: Float[Array, "b h w i"],
     scale: Float[Array, "b i"],
@@ -59,7 +59,9 @@ def convolution(
     split: of [b, ...], over several chips, each of which computes its own rows. interpret: on any
     machine, slowly. The gradient is the plain form's.
     """
-    return _convolution(x, scale, shift, weight, bias, residual, split, interpret)
+    kernel = functools.partial(_local, interpret=interpret)
+    by_row = (True, True, True, False, True, True)
+    return over_rows(kernel, split, len(x), by_row)(x, scale, shift, weight, bias, residual)
 
 
 def plain(x: Any, scale: Any, shift: Any, weight: Any, bias: Any, residual: Any) -> jax.Array:
@@ -76,24 +78,8 @@ def plain(x: Any, scale: Any, shift: Any, weight: Any, bias: Any, residual: Any)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _convolution(
-    x: Any,
-    scale: Any,
-    shift: Any,
-    weight: Any,
-    bias: Any,
-    residual: Any,
-    split: Any,
-    interpret: Any,
-) -> jax.Array:
-    kernel = functools.partial(_local, interpret=interpret)
-    by_row = (True, True, True, False, True, True)
-    return over_rows(kernel, split, len(x), by_row)(x, scale, shift, weight, bias, residual)
-
-
 def _forward(*given: Any) -> Any:
-    return _convolution(*given), given[:6]
+    return convolution(*given), given[:6]
 
 
 def _backward(split: Any, interpret: Any, given: Any, d_out: Any) -> Any:
@@ -102,10 +88,10 @@ def _backward(split: Any, interpret: Any, given: Any, d_out: Any) -> Any:
     return back(d_out)
 
 
-_convolution.defvjp(_forward, _backward)
+convolution.defvjp(_forward, _backward)
 
 
-def _plan(channels: int) -> int | None:
+def _parts(channels: int) -> int | None:
     """In how many parts the channels are taken, whose products are added up."""
     parts = -(-channels // CHANNELS)
     return parts if parts <= 2 and channels % (parts * GROUP) == 0 else None
@@ -114,7 +100,7 @@ def _plan(channels: int) -> int | None:
 def _memory(rows: int, positions: int, width: int, channels: int, outputs: int) -> int:
     """Bytes of vector memory: all rows' scale and shift, each filled up to a tile, the shifted
     pictures, and blocks that come and go, each twice."""
-    parts = _plan(channels) or 1
+    parts = _parts(channels) or 1
     part = channels // parts
     shifted = 2 * sum(3 * part // 2 * 4 * lanes for lanes in _shifted(positions, width))
     results = 2 // parts
@@ -140,7 +126,7 @@ def _local(
 ) -> jax.Array:
     b, h, w, i = x.shape
     o, positions = len(weight), h * w
-    parts = _plan(i)
+    parts = _parts(i)
     assert parts is not None
 
     def flat(x: jax.Array) -> jax.Array:
@@ -215,8 +201,7 @@ def _kernel(
             begin = pl.multiple_of(group * GROUP, GROUP)
             affine = affine_ref[row, pl.ds(pl.multiple_of(of * part + begin, GROUP), GROUP)]
             y = unit.x[pl.ds(begin, GROUP)].astype(jnp.float32) * affine[:, :1] + affine[:, 1:]
-            y = y * pl.reciprocal(1 + jnp.exp2(y * -math.log2(math.e)), approx=True)
-            y = pltpu.bitcast(y.astype(x.dtype), jnp.uint32)
+            y = pltpu.bitcast((y * tpu.sigmoid(y * tpu.TO_POWER)).astype(x.dtype), jnp.uint32)
             column = jax.lax.broadcasted_iota(jnp.int32, y.shape, 1) & (width - 1)
             for kx, beyond in enumerate((0, None, width - 1)):
                 z = y

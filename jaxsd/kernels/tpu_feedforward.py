@@ -6,7 +6,6 @@ wide as the input never leaves the chip's vector memory.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +44,7 @@ def feeds(shape: tuple[int, ...], dtype: Any, kind: str) -> bool:
     return c <= WIDEST and tpu.vector_memory(kind) > MEMORY
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def feed_forward(
     x: Float[Array, "b t c"],
     weights: Weights,
@@ -57,7 +57,8 @@ def feed_forward(
     split: of [b, ...], over several chips, each of which computes its own rows. interpret: on any
     machine, slowly. The gradient is the plain form's.
     """
-    return _feed_forward(x, weights, eps, split, interpret)
+    kernel = functools.partial(_local, eps=eps, interpret=interpret)
+    return over_rows(kernel, split, len(x), (True, False))(x, weights)
 
 
 def plain(x: jax.Array, weights: Weights, eps: float) -> jax.Array:
@@ -78,14 +79,8 @@ def _normalised(x: jax.Array, axis: int, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt((x * x).mean(axis, keepdims=True) + eps)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _feed_forward(x: Any, weights: Weights, eps: float, split: Any, interpret: bool) -> jax.Array:
-    kernel = functools.partial(_local, eps=eps, interpret=interpret)
-    return over_rows(kernel, split, len(x), (True, False))(x, weights)
-
-
 def _forward(x: Any, weights: Weights, eps: float, split: Any, interpret: bool) -> Any:
-    return _feed_forward(x, weights, eps, split, interpret), (x, weights)
+    return feed_forward(x, weights, eps, split, interpret), (x, weights)
 
 
 def _backward(eps: float, split: Any, interpret: bool, given: Any, d_out: Any) -> Any:
@@ -94,7 +89,7 @@ def _backward(eps: float, split: Any, interpret: bool, given: Any, d_out: Any) -
     return back(d_out)
 
 
-_feed_forward.defvjp(_forward, _backward)
+feed_forward.defvjp(_forward, _backward)
 
 
 def _local(x: jax.Array, weights: Weights, eps: float, interpret: bool) -> jax.Array:
@@ -102,8 +97,6 @@ def _local(x: jax.Array, weights: Weights, eps: float, interpret: bool) -> jax.A
     h = weights.outer.shape[1]
     rows = next(n for n in range(POSITIONS, 0, -tpu.LANES) if t % n == 0)
     step = next(n for n in range(HIDDEN, 0, -tpu.LANES) if h % n == 0)
-    # Of 1 / (1 + 2^y), y = -log2(e) times `tpu.normal_cdf`'s logit
-    powers = [-math.log2(math.e) * power for power in tpu.LOGIT]
 
     def kernel(*refs: Any) -> None:
         x_ref, norm_ref, inner_ref, inner_bias_ref, outer_ref, outer_bias_ref, out_ref = refs
@@ -116,9 +109,7 @@ def _local(x: jax.Array, weights: Weights, eps: float, interpret: bool) -> jax.A
                 tpu.product(inner_ref[n : n + step], y) + inner_bias_ref[n : n + step]
                 for n in (at, h + at)
             )
-            square = jnp.minimum(gate * gate, tpu.DECIDED)
-            logit = functools.reduce(lambda sum, c: sum * square + c, powers[-2::-1], powers[-1])
-            value *= gate * pl.reciprocal(1 + jnp.exp2(gate * logit), approx=True)
+            value *= gate * tpu.sigmoid(tpu.normal_logit(gate, tpu.TO_POWER))
             sums += tpu.product(outer_ref[:, at : at + step], value.astype(y.dtype))
         out_ref[0] = sums.astype(out_ref.dtype)
 

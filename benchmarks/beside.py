@@ -2,11 +2,13 @@
 
 python benchmarks/beside.py --model sd1 --parts text unet decode
 
-Each side has a process of its own, and they work in turns. Printed are ratios of jaxsd to the peer
-(below 1 is faster, or smaller): median, least and most over the turns, with what each needs to
-start. Weights are random, written once by diffusers; what both say of the same input is compared,
-so that the work is the same. On a GPU: --dtype bfloat16 --peers eager compile --batches 1 4 16.
-First call includes compiling; with --cold nothing is there that was compiled before.
+Each side has a process of its own, and they work in turns; with --apart only one of them is there
+at a time, for what does not fit twice: each loads the model anew in each round. Printed are ratios
+of jaxsd to the peer (below 1 is faster, or smaller): median, least and most over the turns, with
+what each needs to start. Weights are random, written once by diffusers; what both say of the same
+input is compared, so that the work is the same. On a GPU: --dtype bfloat16 --peers eager compile
+--batches 1 4 16. First call includes compiling; with --cold nothing is there that was compiled
+before.
 """
 
 import contextlib
@@ -54,6 +56,8 @@ class Options:
     recipes: tuple[Recipe, ...] = ("text-to-image",)
     """Of training: text-to-image, and distillations of the model, each a row."""
     rounds: int = 5
+    apart: bool = False
+    """One side in memory at a time, loaded anew for each round."""
     threads: int = os.cpu_count() or 1
     """Of the peer, on CPU."""
     cold: bool = False
@@ -65,38 +69,52 @@ class Options:
 
 
 class Side:
-    """A process of sides.py."""
+    """A process of sides.py, and what was measured of it; it may begin and end several times."""
 
     def __init__(self, name: str, work: Work, environment: dict[str, str]):
-        command = [sys.executable, str(Path(__file__).with_name("sides.py")), name]
-        self.name, self.out, self.seconds = name, work.out, []
-        self._process = subprocess.Popen(
-            [*command, json.dumps(dataclasses.asdict(work))],
+        self.name, self.out, self.seconds, self.memory = name, work.out, [], 0
+        self.start: dict[str, Any] = {}
+        script = str(Path(__file__).with_name("sides.py"))
+        self._command = [sys.executable, script, name, json.dumps(dataclasses.asdict(work))]
+        self._environment = os.environ | environment
+        self._running: subprocess.Popen | None = None
+
+    def begin(self) -> None:
+        """Starts, loads, and makes the first call; how long that took the first time is kept."""
+        self._running = subprocess.Popen(
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | environment,
+            env=self._environment,
         )
-        self.start = self._read()
+        start = self._read()
+        start["first"] = self._once()
+        self.start = self.start or start
 
-    def once(self) -> float:
-        assert self._process.stdin is not None
+    def once(self) -> None:
+        self.seconds.append(self._once())
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self.memory = max(self.memory, self._read()["peak"])
+        self._process.wait()
+
+    def kill(self) -> None:
+        if self._running is not None:
+            self._running.kill()
+
+    @property
+    def _process(self) -> Any:
+        assert self._running is not None, "begin() comes first"
+        return self._running
+
+    def _once(self) -> float:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self._read()["seconds"]
 
-    def end(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        memory = self._read()
-        self._process.wait()
-        return memory
-
-    def kill(self) -> None:
-        self._process.kill()
-
     def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
@@ -129,11 +147,20 @@ def measure(
                         options.remat, recipe, options.threads, out)  # fmt: skip
             sides[name] = Side(name, work, environment)
             stack.callback(sides[name].kill)
-        first = {name: side.once() for name, side in sides.items()}
-        for _ in range(options.rounds):
+        if options.apart:
+            for _ in range(options.rounds):
+                for side in sides.values():
+                    side.begin()
+                    side.once()
+                    side.end()
+        else:
             for side in sides.values():
-                side.seconds.append(side.once())
-        memory = {name: side.end() for name, side in sides.items()}
+                side.begin()
+            for _ in range(options.rounds):
+                for side in sides.values():
+                    side.once()
+            for side in sides.values():
+                side.end()
     ours, rows = sides["jaxsd"], []
     flops = ours.start["flops"]
     for name in options.peers:
@@ -143,10 +170,10 @@ def measure(
             "part": recipe or part, "batch": batch, "peer": name, "device": ours.start["device"],
             "ratio": [float(np.median(ratios)), float(ratios.min()), float(ratios.max())],
             "seconds": {n: float(np.median(sides[n].seconds)) for n in ("jaxsd", name)},
-            "first": {n: first[n] for n in ("jaxsd", name)},
+            "first": {n: sides[n].start["first"] for n in ("jaxsd", name)},
             "import": {n: sides[n].start["import"] for n in ("jaxsd", name)},
             "load": {n: sides[n].start["load"] for n in ("jaxsd", name)},
-            "memory": {n: memory[n]["peak"] for n in ("jaxsd", name)},
+            "memory": {n: sides[n].memory for n in ("jaxsd", name)},
             "difference": _difference(ours.out, peer.out) if part in COMPARED else None,
         }  # fmt: skip
         if flops is not None:

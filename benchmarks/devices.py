@@ -4,9 +4,13 @@ from typing import Any
 
 
 class OnJax:
-    """A subclass sets `_jax`."""
+    """With what commands of jaxsd set for their process."""
 
-    _jax: Any
+    def __init__(self, jax: Any):
+        from jaxsd import memory
+
+        self._jax = jax
+        memory.give_back_after_compiling()
 
     def device(self) -> str:
         return self._jax.devices()[0].device_kind

@@ -56,8 +56,8 @@ class Jaxsd(OnJax):
 
         import jaxsd
 
-        self._jax, self.work = jax, work
-        self.imported = time.perf_counter()
+        self.work, self.imported = work, time.perf_counter()
+        super().__init__(jax)
         self.pipe = pipe = jaxsd.load(work.folder, dtype=getattr(jnp, work.dtype))
         jax.block_until_ready(pipe.params)
         self.loaded = time.perf_counter()

@@ -28,8 +28,8 @@ class Jaxsd(OnJax):
         from jaxsd.families import get_family
         from jaxsd.training.placement import compile_step, make_mesh, place_state
 
-        self._jax = jax
         self.imported = time.perf_counter()
+        super().__init__(jax)
         parts = load_parts(work.folder)
         configs = {name: parts.components[name].net.config for name in ("unet", "vae")}
         family = dataclasses.replace(get_family("sd1"), schedule=parts.schedule, **configs)

@@ -57,6 +57,7 @@ ALLOWED = {
         "weights",
     ),
     "compilation_cache": (),
+    "memory": (),
     "custom_calls": ("errors",),
     "facts": (),
     "programs": ("custom_calls", "errors", "facts", "weights"),

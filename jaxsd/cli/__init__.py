@@ -37,11 +37,13 @@ def run_command(name: str, argv: list[str] | None = None) -> None:
     """Runs one command; an error that the user can mend becomes one line and exit status 2."""
     from jaxsd.compilation_cache import use_compilation_cache
     from jaxsd.errors import GuidanceClipped, JaxsdError
+    from jaxsd.memory import give_back_after_compiling
     from jaxsd.tokenizer import PromptTruncated
 
     try:
         if name not in LIGHT:
             use_compilation_cache()
+            give_back_after_compiling()
         with warnings.catch_warnings():
             for category in (PromptTruncated, GuidanceClipped):
                 warnings.simplefilter("always", category)

@@ -1,7 +1,6 @@
 """PyTorch's side: loads a component with diffusers or transformers and records its blocks."""
 
 import contextlib
-import ctypes
 import gc
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsd import weights
+from jaxsd import memory, weights
 from jaxsd.compare.plan import Model
 from jaxsd.errors import JaxsdError
 
@@ -149,7 +148,4 @@ def to_torch(value: np.ndarray, dtype: Any, device: Any = "cpu") -> Any:
 def free() -> None:
     """Gives memory that is no longer used back to the system, before the other side loads."""
     gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # no glibc
-        pass
+    memory.give_back()

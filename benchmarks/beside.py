@@ -5,7 +5,8 @@ python benchmarks/beside.py --model sd1 --parts text unet decode
 Each side has a process of its own, and they work in turns; with --apart only one of them is there
 at a time, for what does not fit twice: each loads the model anew in each round. Printed are ratios
 of jaxsd to the peer (below 1 is faster, or smaller): median, least and most over the turns, with
-what each needs to start. Weights are random, written once by diffusers; what both say of the same
+what each needs to start; then the seconds they are ratios of, and pictures (or steps of one, or
+prompts) a second. Weights are random, written once by diffusers; what both say of the same
 input is compared, so that the work is the same. On a GPU: --dtype bfloat16 --peers eager compile
 --batches 1 4 16. First call includes compiling; with --cold nothing is there that was compiled
 before.
@@ -213,6 +214,26 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def absolute(rows: list[dict[str, Any]]) -> str:
+    """A table of what the ratios are of: seconds mean something on the device alone."""
+    titles = (
+        "| {} | batch | s | peer's s | pictures/s | TFLOP/s | GB | first call | import | load |"
+    )
+    table = [titles.format(rows[0]["device"]), "|" + " --- |" * 10]
+    for row in rows:
+        own = {
+            name: row[name]["jaxsd"] for name in ("seconds", "memory", "first", "import", "load")
+        }
+        rate = f"{row['tflop'] / own['seconds']:.2f}" if "tflop" in row else "–"
+        table.append(
+            f"| {row['part']}, {row['peer']} | {row['batch']} | {own['seconds']:.3f} "
+            f"| {row['seconds'][row['peer']]:.3f} | {row['batch'] / own['seconds']:.2f} | {rate} "
+            f"| {own['memory'] / 1e9:.2f} | {own['first']:.2f} | {own['import']:.2f} "
+            f"| {own['load']:.2f} |"
+        )
+    return "\n".join(table)
+
+
 def narrowed(family: Family, by: int) -> Family:
     """The family with a UNet of `by` times fewer channels, heads as many."""
     assert isinstance(family.unet, UNetConfig)
@@ -248,6 +269,7 @@ def main(options: Options) -> None:
                     if options.json is not None:
                         text = json.dumps({"options": settings, "rows": rows}, indent=1)
                         options.json.write_text(text)
+        print("", absolute(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Jaxsd(OnJax):
         size = {"height": work.size, "width": work.size}
         ids = (pipe.size_ids((work.size, work.size)),)
         if work.part == "unet":
-            cond, uncond = (pipe.encode(p, 0, 1, *ids) for p in (prompts, [""] * work.batch))
+            cond, uncond = (pipe.encode(p, 0, 1, *ids) for p in (prompts, [None] * work.batch))
             self.once = lambda: self._wait(pipe.predict(x, 500.0, cond, uncond, SCALE))
         else:
             self.once = {
@@ -87,19 +87,28 @@ class Jaxsd(OnJax):
         self._x = x
 
     def flops(self) -> float | None:
-        """Of the plain forms, as anyone would count them; None where it is not one network's."""
+        """Of the plain forms, as anyone would count them; of pictures without their prompts."""
+        counted = {
+            "unet": self._unet_flops,
+            "decode": self._decode_flops,
+            "image": lambda: self.work.steps * self._unet_flops() + self._decode_flops(),
+        }
+        return counted[self.work.part]() if self.work.part in counted else None
+
+    def _unet_flops(self) -> float:
+        """Of a step with guidance."""
         from jaxsd.training.throughput import count_flops
 
         pipe, x = self.pipe, self._x
-        if self.work.part == "decode":
-            return count_flops(pipe._decode, pipe.params["vae"], x)
-        if self.work.part == "unet":
-            cond, uncond = (pipe.encode([PROMPT] * len(x)) for _ in range(2))
-            conditions, scales = pipe._chain(cond, uncond, SCALE, len(x))
-            t = np.float32(500)
-            told = (pipe.params["unet"], {}, (), conditions, scales, x, t)
-            return count_flops(pipe._predict, *told)
-        return None
+        cond, uncond = (pipe.encode([PROMPT] * len(x)) for _ in range(2))
+        conditions, scales = pipe._chain(cond, uncond, SCALE, len(x))
+        told = (pipe.params["unet"], {}, (), conditions, scales, x, np.float32(500))
+        return count_flops(pipe._predict, *told)
+
+    def _decode_flops(self) -> float:
+        from jaxsd.training.throughput import count_flops
+
+        return count_flops(self.pipe._decode, self.pipe.params["vae"], self._x)
 
     def _wait(self, array: Any) -> np.ndarray:
         return np.asarray(self._jax.block_until_ready(array))

@@ -68,7 +68,7 @@ class Options:
     fsdp: int = 16
     """Chips over which a training's state is split."""
     tensor: int = 1
-    remat: str = "full"
+    remat: str = "selective"
     dtype: str = "bfloat16"
     optimizer: str = "adamw"
     bundles: bool = False

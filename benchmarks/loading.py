@@ -90,7 +90,7 @@ def open_once(library: str, folder: str) -> None:
 
         dtype = torch.float16 if "float16" in folder else torch.float32
         start = time.perf_counter()
-        pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
         called = time.perf_counter() - start
         parts = (pipe.unet, pipe.vae, pipe.text_encoder)
         views = [p.detach().numpy() for part in parts for p in part.parameters()]

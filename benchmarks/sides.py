@@ -63,7 +63,7 @@ class Jaxsd(OnJax):
         self.loaded = time.perf_counter()
         prompts = [PROMPT] * work.batch
         channels = pipe.unet.config.out_channels
-        x = work.latents(channels)
+        x = jnp.asarray(work.latents(channels))
         size = {"height": work.size, "width": work.size}
         ids = (pipe.size_ids((work.size, work.size)),)
         if work.part == "unet":
@@ -102,7 +102,8 @@ class Jaxsd(OnJax):
         pipe, x = self.pipe, self._x
         cond, uncond = (pipe.encode([PROMPT] * len(x)) for _ in range(2))
         conditions, scales = pipe._chain(cond, uncond, SCALE, len(x))
-        told = (pipe.params["unet"], {}, (), conditions, scales, x, np.float32(500))
+        none = np.zeros(0, np.float32)  # scales of LoRAs
+        told = (pipe.params["unet"], {}, none, conditions, scales, x, np.float32(500))
         return count_flops(pipe._predict, *told)
 
     def _decode_flops(self) -> float:
@@ -125,7 +126,7 @@ class Diffusers(OnTorch):
         self.work, self.imported = work, time.perf_counter()
         super().__init__(torch, work.threads)
         dtype = getattr(torch, work.dtype)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(work.folder, torch_dtype=dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(work.folder, dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
         pipe.to(self._device)
         for module in (pipe.unet, pipe.vae):

@@ -243,10 +243,10 @@ display(Markdown("\n".join(table("| a chip | first |"))))
 #   them arrive while the layer before is computed.
 # - **added up**: the gradients, a number for each parameter, in bfloat16; and **scattered**, where
 #   each chip receives its own piece of the sum alone.
-# - the last rows are an estimate, of which more below. The column `now` is of sixteen chips. The
-#   first two are before: `in slices`, a layer was computed in sixteen pieces, each while the next
-#   piece of its weights was on the way, and pieces of 20 channels fill little of a matrix unit for
-#   128.
+# - the last rows are an estimate, of which more below. The columns `now` and `2.1`, Stable
+#   Diffusion 2.1's, are of sixteen chips. The first two are before: `in slices`, a layer was
+#   computed in sixteen pieces, each while the next piece of its weights was on the way, and pieces
+#   of 20 channels fill little of a matrix unit for 128.
 #
 # Compiling took half an hour of one core, once: with the compilation cache the next start reads it.
 
@@ -277,13 +277,14 @@ if text:
 display(Markdown("\n".join(table("| a step, by bundles |"))))
 
 # %% [markdown]
-# The two columns are Stable Diffusion 1.5 and 2.1, each compiled for one chip. A TPU's program is
-# a list of *bundles*, instructions that are issued together, one a cycle; the compiler has settled
+# Stable Diffusion 1.5 and 2.1, each compiled for one chip, now and with fewer kernels. A TPU's
+# program is a list of *bundles*, instructions that are issued together, one a cycle; the compiler has settled
 # all of them, so they can be counted. That is an estimate, and no clock has run.
 #
 # - **estimated time**: all bundles by the chip's clock.
 # - **of it convolutions and products**, **kernels**, **the rest**: products go to the matrix unit;
-#   attention is a Pallas kernel of `jaxsd/kernels/tpu.py`; norms and activations are the rest.
+#   attention, ResNet blocks and feed-forwards are Pallas kernels where that pays
+#   (`jaxsd/kernels/`); norms and activations elsewhere are the rest.
 # - **arithmetic**: multiplications and additions of all products, without what pads them to the
 #   matrix unit's size. A thousand milliards of them are a TFLOP.
 # - **share of the peak**: that arithmetic by the time, over the 197 TFLOP/s of bfloat16 that a v5e
@@ -291,8 +292,9 @@ display(Markdown("\n".join(table("| a step, by bundles |"))))
 # - **weights, temporaries**: what must fit in memory, in GiB.
 
 # %%
-rows = {cells[1].strip(): cells[2:4] for row in table("| a step, by bundles |")
-        if len(cells := row.split("|")) > 3}  # fmt: skip
+cells_of = [[cell.strip() for cell in row.split("|")] for row in table("| a step, by bundles |")]
+rows = {cells[1]: cells for cells in cells_of}
+titles = cells_of[0] if cells_of else []
 
 
 def numbers_in(cell):
@@ -300,12 +302,12 @@ def numbers_in(cell):
 
 
 if text:
-    for i, model in enumerate(("1.5", "2.1")):
+    for title in ("Stable Diffusion 1.5", "2.1"):
         ms, tflop, share = (
-            numbers_in(rows[name][i])[0]
+            numbers_in(rows[name][titles.index(title)])[0]
             for name in ("estimated time", "arithmetic", "share of the peak")
         )
-        print(f"{model}: {tflop} TFLOP in {ms} ms are {tflop / ms * 1000 / 197:.0%} of 197 TFLOP/s")
+        print(f"{title}: {tflop} TFLOP in {ms} ms are {tflop / ms * 1000 / 197:.0%} of 197 TFLOP/s")
         assert math.isclose(tflop / ms * 1e5 / 197, share, abs_tol=0.6)
 
 # %% [markdown]

@@ -278,8 +278,8 @@ display(Markdown("\n".join(table("| a step, by bundles |"))))
 
 # %% [markdown]
 # Stable Diffusion 1.5 and 2.1, each compiled for one chip, now and with fewer kernels. A TPU's
-# program is a list of *bundles*, instructions that are issued together, one a cycle; the compiler has settled
-# all of them, so they can be counted. That is an estimate, and no clock has run.
+# program is a list of *bundles*, instructions that are issued together, one a cycle; the compiler
+# has settled all of them, so they can be counted. That is an estimate, and no clock has run.
 #
 # - **estimated time**: all bundles by the chip's clock.
 # - **of it convolutions and products**, **kernels**, **the rest**: products go to the matrix unit;

@@ -61,6 +61,24 @@ def test_the_plain_form_and_its_gradients(t, s, d, straight, monkeypatch):
     assert_near(with_gradients(interpreted)(*given), with_gradients(plain)(*given))
 
 
+@pytest.mark.parametrize(
+    "kind, d, block",
+    [("TPU v5 lite", 40, 128), ("TPU v5 lite", 64, 256), ("TPU v6 lite", 40, 256), ("", 40, 128)],
+)
+def test_as_many_keys_at_a_time_as_the_chip_adds_up(kind, d, block, monkeypatch):
+    forward, blocks = tpu._forward, []
+
+    def seen(*given):
+        blocks.append(given[4])
+        return forward(*given)
+
+    monkeypatch.setattr(tpu, "_forward", seen)
+    given = arrays(1, 128, 1000, 1, d)
+    ours = functools.partial(interpreted, kind=kind)
+    assert_near(with_gradients(ours)(*given), with_gradients(plain)(*given))
+    assert blocks == [block]
+
+
 def test_padding_has_no_share_where_all_scores_are_low():
     q, k, v, do = arrays(1, 128, 100, 1, 8)
     q, k = q.at[..., 0].set(17.0), k.at[..., 0].set(-17.0)  # 2^score is 0 in float32

@@ -104,7 +104,7 @@ def attention(
         if not causal and cpu.attends_in_blocks(q.shape, k.shape[1]):
             return cpu.attention(q, k, v)
     if not causal and _for_tpus() and tpu.attends(q, k):
-        return tpu.attention(q, k, v, target().split)
+        return tpu.attention(q, k, v, target().split, target().kind)
     flash = platform() == "gpu" and gpu.flash(q.shape, k.shape[1], q.dtype)
     with jax.numpy_dtype_promotion("standard"):  # of bfloat16's scores to float32, inside
         return jax.nn.dot_product_attention(

@@ -25,6 +25,7 @@ from jaxsd.kernels.split import divides
 LANES = 128
 QUERIES = 1024  # most at a time
 KEYS = 128  # at a time, or twice as many
+WIDE = ("TPU v6 lite", "TPU v6e")  # chips whose matrix unit adds up 256 products
 UNROLLED = 32  # most blocks of keys in straight code, where the compiler overlaps neighbours
 MASKED = -1e30  # the score of a key that is padding: as -inf, but without nan
 
@@ -61,14 +62,16 @@ def attention(
     k: Float[Array, "b s h d"],
     v: Float[Array, "b s h d"],
     split: NamedSharding | None = None,
+    kind: str = "",
     interpret: bool = False,
 ) -> Float[Array, "b t h d"]:
     """softmax(q k^T / sqrt(d)) v.
 
     split: of [b, h], over several chips, each of which computes its own: XLA itself can divide no
-    kernel. An axis that does not divide stays whole. interpret: on any machine, slowly.
+    kernel. An axis that does not divide stays whole. kind: of chip, as JAX calls it, which decides
+    how many keys are taken at a time. interpret: on any machine, slowly.
     """
-    local = functools.partial(_local, interpret=interpret)
+    local = functools.partial(_local, kind=kind, interpret=interpret)
     if split is None:
         return local(q, k, v)
     rows, heads = (*tuple(split.spec), None, None)[:2]
@@ -79,13 +82,16 @@ def attention(
     return shared(q, k, v)
 
 
-def _local(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
+def _local(q: jax.Array, k: jax.Array, v: jax.Array, kind: str, interpret: bool) -> jax.Array:
     (_, t, _, d), s = q.shape, k.shape[1]
     q = (q * jnp.float32(d**-0.5 * math.log2(math.e)).astype(q.dtype)).transpose(0, 2, 3, 1)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
     q = _pad(q, 3, _block(t, QUERIES, LANES)[1])
     padded = _block(s, UNROLLED * KEYS, KEYS)[1]
-    o: Any = _attend(q, _pad(k, 2, padded), _pad(v, 3, padded), s, interpret)
+    # Twice as many, where they cover the keys in as many pieces of straight code
+    covered = _block(padded, UNROLLED * KEYS, 2 * KEYS)[1] == padded
+    block = 2 * KEYS if covered and (d >= 64 or kind in WIDE) else KEYS
+    o: Any = _attend(q, _pad(k, 2, padded), _pad(v, 3, padded), s, block, interpret)
     return o[..., :t].transpose(0, 3, 1, 2)
 
 
@@ -127,19 +133,23 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
 # --- The gradient ----------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> Any:
-    """q [b, h, d, t], k [b, h, s, d], v [b, h, d, s] -> [b, h, d, t], of the first `keys` keys."""
-    return _forward(q, k, v, keys, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend(q: Any, k: Any, v: Any, keys: int, block: int, interpret: bool) -> Any:
+    """q [b, h, d, t], k [b, h, s, d], v [b, h, d, s] -> [b, h, d, t], of the first `keys` keys.
+
+    `block` of which are taken at a time; for the gradient, which holds more of each, `KEYS`.
+    """
+    return _forward(q, k, v, keys, block, interpret)[0]
 
 
-def _attend_forward(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> Any:
+def _attend_forward(q: Any, k: Any, v: Any, keys: int, block: int, interpret: bool) -> Any:
     # Named for `nn.rematerialise`: "selective" need not run the kernel again for these.
-    o, log_sum = (checkpoint_name(x, "attention") for x in _forward(q, k, v, keys, interpret))
+    made = _forward(q, k, v, keys, block, interpret)
+    o, log_sum = (checkpoint_name(x, "attention") for x in made)
     return o, (q, k, v, o, log_sum)
 
 
-def _attend_backward(keys: int, interpret: bool, kept: Any, do: Any) -> Any:
+def _attend_backward(keys: int, block: int, interpret: bool, kept: Any, do: Any) -> Any:
     q, k, v, o, log_sum = kept
     k_t, v_t = (x.swapaxes(2, 3) for x in (k, v))
     return _backward(q, k, k_t, v_t, o, do, log_sum, keys, interpret)
@@ -151,14 +161,13 @@ _attend.defvjp(_attend_forward, _attend_backward)
 # --- The kernels -----------------------------------------------------------------------------
 
 
-def _forward(q: Any, k: Any, v: Any, keys: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _forward(
+    q: Any, k: Any, v: Any, keys: int, block: int, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     """The attention, and for each query log2 of its sum of 2^score [b, h, 1, t], in float32."""
     b, h, d, t = q.shape
     s = k.shape[2]
     rows, _ = _block(t, QUERIES, LANES)
-    # Twice as many, where they cover the keys in as many pieces of straight code
-    twice = d >= 64 and _block(s, UNROLLED * KEYS, 2 * KEYS)[1] == s
-    block = 2 * KEYS if twice else KEYS
 
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, log_ref: Any) -> None:
         queries = q_ref[0, 0]

@@ -16,11 +16,11 @@ def give_back() -> None:
 
 @functools.cache  # a listener stays for good
 def give_back_after_compiling() -> None:
-    """Does so from now on after each program that took long to compile, or to read from a cache.
+    """From now on gives memory back after each program that took long to compile, or to read.
 
-    The compiler's memory is free after it, up to gigabytes for a training, but in small pieces
-    that glibc keeps, and on CPU they would count beside the weights. As all commands do; it is the
-    whole process's, so `import jaxsd` alone does not.
+    The compiler's memory is free then, up to gigabytes for a training, but in small pieces that
+    glibc keeps, beside weights and state. All commands do this; a listener of JAX's is the whole
+    process's, so `import jaxsd` alone does not.
     """
     import jax
 

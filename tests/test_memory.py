@@ -1,9 +1,10 @@
 """What compiling leaves in the C heap goes back to the system."""
 
 import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from jaxsd import memory
@@ -36,26 +37,27 @@ def test_pieces_that_glibc_keeps_go_back():
     assert given > 0.9 * PIECE * PIECES
 
 
-def test_after_each_program(monkeypatch, request):
-    listeners, times = [], []
-    with monkeypatch.context() as patch:
-        patch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
-        memory.give_back_after_compiling.cache_clear()
-        memory.give_back_after_compiling()
-        memory.give_back_after_compiling()
-    memory.give_back_after_compiling.cache_clear()
-    assert len(listeners) == 1
-    monkeypatch.setattr(memory, "LONG", 0)
-    monkeypatch.setattr(memory, "give_back", lambda: times.append(1))
-    jax.monitoring.register_event_duration_secs_listener(listeners[0])
-    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(listeners[0]))
-    program = jax.jit(lambda x: 3 * x + 1)
-    x = jax.block_until_ready(jax.numpy.ones(7))
-    times.clear()
-    program(x)
-    assert times == [1]
-    program(x)
-    assert times == [1]
-    monkeypatch.setattr(memory, "LONG", 1000)
-    program(x[:3])
-    assert times == [1]
+ALONE = """
+import jax
+from jaxsd import memory
+
+times = []
+memory.LONG, memory.give_back = 0, lambda: times.append(1)
+memory.give_back_after_compiling()
+memory.give_back_after_compiling()
+x = jax.block_until_ready(jax.numpy.ones(7))
+times.clear()
+program = jax.jit(lambda x: 3 * x + 1)
+program(x)
+assert times == [1], times
+program(x)
+assert times == [1], times
+memory.LONG = 1000
+program(jax.numpy.ones(3))
+assert times == [1], times
+"""
+
+
+def test_after_each_program_that_took_long():
+    """In a process of its own: listeners stay, and commands of other tests leave theirs."""
+    subprocess.run([sys.executable, "-c", ALONE], check=True)

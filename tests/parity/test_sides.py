@@ -50,11 +50,10 @@ def test_pictures_are_counted_as_their_steps_and_a_decoding(folder, sides, tmp_p
     assert flops("image", 3) == 3 * flops("unet", 1) + flops("decode", 1)
 
 
+@pytest.mark.parametrize("folder", ["sd1"], indirect=True)
 @pytest.mark.parametrize("recipe", ["text-to-image", "progressive", "guided", "consistency"])
 def test_a_step_of_each_side(folder, sides, recipe, tmp_path):
     """Finite, and an optimizer behind it: the loss is another one at the second step."""
-    if folder.name != "sd1":
-        pytest.skip("recipes of trainings are compared for Stable Diffusion 1")
     training = importlib.import_module("training_sides")
     work = sides.Work(str(folder), "train", 1, 32, 1, "float32", "none", recipe, 1, str(tmp_path))
     ours, theirs = training.Jaxsd(work), training.Diffusers(work, compiled=False)

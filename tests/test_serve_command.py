@@ -132,7 +132,7 @@ def test_the_end_answers_what_is_being_drawn(sign):
 
             assert "gradio" in client.get("/").text  # the page
             running = pool.submit(ask, 300)
-            while client.get("/health").json()["waiting"]:
+            while not client.get("/health").json()["drawing"]:
                 pass
             waiting = pool.submit(ask, 2)
             while not client.get("/health").json()["waiting"]:

@@ -176,7 +176,12 @@ def test_models(service):
 def test_health(service):
     (answer,) = talk(service, ("GET", "/health", {}))
     assert answer.status_code == 200
-    assert answer.json() == {"status": "ok", "waiting": 0, "models": [*service.models]}
+    assert answer.json() == {
+        "status": "ok",
+        "drawing": 0,
+        "waiting": 0,
+        "models": [*service.models],
+    }
 
 
 def bomb():

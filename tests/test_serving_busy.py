@@ -62,11 +62,14 @@ def test_a_full_queue_says_when_to_come_back(gated):
         await wait_for(gated.first.begun.is_set)
         others = [asyncio.create_task(client.post(URL, json=BODY)) for _ in range(3)]
         await wait_for(lambda: gated.worker.waiting == 3)
+        health = await client.get("/health")
         refused = await client.post(URL, json=BODY)
         gated.first.gate.set()
-        return refused, await asyncio.gather(first, *others)
+        return health, refused, await asyncio.gather(first, *others)
 
-    refused, answers = with_client(gated, use)
+    health, refused, answers = with_client(gated, use)
+    assert (health.json()["drawing"], health.json()["waiting"]) == (1, 3)
+    assert gated.worker.drawing == 0
     assert refused.status_code == 503
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     error = refused.json()["error"]

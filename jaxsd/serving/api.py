@@ -77,10 +77,15 @@ class Endpoint:
         self._decoding = asyncio.Semaphore(DECODING)
 
     async def health(self) -> JSONResponse:
-        """200 while pictures are drawn, else 503; and how many wait."""
+        """200 while requests are taken, else 503; how many pictures are drawn and how many wait."""
         worker = self._service.worker
         status = "ok" if worker.alive else "stopping"
-        body = {"status": status, "waiting": worker.waiting, "models": [*self._service.models]}
+        body = {
+            "status": status,
+            "drawing": worker.drawing,
+            "waiting": worker.waiting,
+            "models": [*self._service.models],
+        }
         return JSONResponse(body, 200 if worker.alive else 503)
 
     async def list_models(self) -> JSONResponse:

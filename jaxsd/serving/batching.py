@@ -90,6 +90,7 @@ class Worker:
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
         self._stopping = False
+        self._drawing: list[Job] = []
         self._seconds = 1.0  # that the last batch took
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
@@ -104,6 +105,11 @@ class Worker:
         """How many pictures have not begun."""
         with self._changed:
             return sum(not job.given_up for job in self._waiting)
+
+    @property
+    def drawing(self) -> int:
+        """How many pictures have begun and are not done."""
+        return sum(not job.picture.done() for job in self._drawing)
 
     def submit(
         self, model: Model, requests: Sequence[Any], on_frame: OnFrame | None = None
@@ -148,6 +154,7 @@ class Worker:
         while batch := self._take():
             began = time.monotonic()
             self._draw(batch)
+            self._drawing = []
             self._seconds = time.monotonic() - began
 
     def _take(self) -> list[Job]:
@@ -164,6 +171,7 @@ class Worker:
             batch = alike[: first.model.batch_size]
             taken = set(map(id, batch))
             self._waiting = collections.deque(j for j in self._waiting if id(j) not in taken)
+            self._drawing = batch
             return batch
 
     def _draw(self, batch: Sequence[Job]) -> None:

@@ -23,7 +23,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 # Before jax is imported: there is no machine to ask what it is, and arrays live on the host.
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -31,118 +31,23 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import jax.numpy as jnp
+import programs
 import tpu_bundles
 import tpu_estimate
 import tyro
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
-from latents import TOKENS, Latents, Recipe, held, objective
-
-from jaxsd import families, kernels, sharding, training
-from jaxsd.diffusion import samplers
-from jaxsd.diffusion.denoise import guided
-from jaxsd.families import Family
-from jaxsd.models import UNet
-from jaxsd.nn import Net
-from jaxsd.training.placement import compile_step, make_mesh, spread
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    program: Literal["step", "sampling", "training"] = "training"
-    recipe: Recipe = "text-to-image"
+class Options(programs.Options):
     topology: str = "v5e:4x4"
     """The chips: a generation and a grid, such as v5e:4x4, v6e:2x2 or v5p:2x2x1."""
     chips: int | None = None
     """So many of them alone."""
-    model: str = "sd1"
-    """A family, whose UNet is run or trained."""
-    size: int = 512
-    """Of the pictures, in pixels."""
-    batch: int = 8
-    """Pictures for each chip."""
-    steps: int = 20
-    """Of sampling."""
-    accumulate: int = 1
     fsdp: int = 16
     """Chips over which a training's state is split."""
-    tensor: int = 1
-    remat: str = "selective"
-    dtype: str = "bfloat16"
-    optimizer: str = "adamw"
     bundles: bool = False
     """Count the bundles that the chip would issue."""
-    json: bool = False
-    """Print JSON alone."""
-    hlo: Path | None = None
-    """Where to write the compiled program, for a closer look."""
-
-
-def training_program(options: Options, family: Family, devices: Any) -> tuple[Any, tuple]:
-    """A training's step, and the shapes of what it takes."""
-    names = ("accumulate", "fsdp", "tensor", "remat", "dtype", "optimizer")
-    settings = training.Options(
-        1000,
-        batch_size=options.batch * len(devices),
-        **{name: getattr(options, name) for name in names},
-    )
-    mesh = make_mesh(settings, devices)
-    goal = objective(options.recipe, family, options.dtype)
-    optimizer = training.make_optimizer(settings)
-    state, aux = spread(held(goal, optimizer, settings), settings, mesh)
-    rows = NamedSharding(mesh, sharding.ROWS)
-    shapes = Latents(family).shapes(settings.batch_size, options.size)
-    batch = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for n, s in shapes.items()}
-    step = compile_step(training.make_step(goal, optimizer, settings), state, settings)
-    return step, (state, aux, batch)
-
-
-def sampling_program(options: Options, family: Family, devices: Any) -> tuple[Any, tuple]:
-    """The denoising of latents, once or in a loop, and the shapes of what it takes."""
-    mesh = sharding.make_mesh(devices=devices)
-    everywhere, rows = (NamedSharding(mesh, spec) for spec in (sharding.WHOLE, sharding.ROWS))
-    net, unet, count = Net(UNet(family.unet)), family.unet, options.batch * len(devices)
-    assert family.vae is not None
-
-    def shape(*sizes: int, where: NamedSharding = rows, dtype: Any = options.dtype) -> Any:
-        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=where)
-
-    params = {name: shape(*sizes, where=everywhere) for name, sizes in net.shapes.items()}
-    told = {"encoder_hidden_states": shape(count, TOKENS, unet.cross_attention_dim)}
-    if unet.addition_embed_type == "text_time":
-        told |= {"text_embeds": shape(count, 1280), "time_ids": shape(count, 6)}
-    side = options.size // family.vae.downscale
-    x = shape(count, side, side, unet.in_channels, dtype="float32")
-    scales = shape(
-        1, count, where=NamedSharding(mesh, jax.P(None, *sharding.ROWS)), dtype="float32"
-    )
-
-    def denoise(params: Any, conditions: Any, scales: Any) -> Any:
-        def network(x: Any, t: Any, **told: Any) -> Any:
-            return net(params, x.astype(options.dtype), t, **told).astype(jnp.float32)
-
-        return guided(network, conditions, scales, jnp.float32(0))
-
-    def step(params: Any, x: Any, conditions: Any, scales: Any) -> Any:
-        return denoise(params, conditions, scales)(x, jnp.float32(500))
-
-    def loop(params: Any, x: Any, conditions: Any, scales: Any) -> Any:
-        sampler = samplers.SAMPLERS["ddim"]
-        grid = samplers.make_steps(family.schedule, "ddim", options.steps)
-        keys = jax.vmap(jax.random.key)(jnp.arange(count, dtype=jnp.uint32))
-        history = tuple(jnp.zeros_like(x) for _ in range(sampler.remembers))
-        given = (x, history, keys, grid, 0, options.steps, jnp.float32(0))
-        return samplers.run(sampler, family.schedule, denoise(params, conditions, scales), *given)[
-            0
-        ]
-
-    def told_where(*arguments: Any) -> Any:
-        platform = devices[0].platform
-        with kernels.compiling_for(platform, NamedSharding(mesh, sharding.HEADS)):
-            return (loop if options.program == "sampling" else step)(*arguments)
-
-    return jax.jit(told_where), (params, x, [told, told], scales)
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
@@ -150,8 +55,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     generation = options.topology.split(":")[0]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
     devices = topology.devices[: options.chips]
-    make = training_program if options.program == "training" else sampling_program
-    program, given = make(options, families.get_family(options.model), devices)
+    program, given = programs.make(options, devices)
     start = time.perf_counter()
     try:
         compiled = program.lower(*given).compile()

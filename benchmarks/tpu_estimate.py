@@ -43,6 +43,12 @@ _MARKS = re.compile(
 _COLLECTIVE = re.compile(
     r"^(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start|-done)?$"
 )
+# Of what follows them, a slice say, they compute no more than is asked for
+_POINTWISE = set(
+    "bitcast convert concatenate add subtract multiply divide maximum minimum negate select "
+    "exponential logistic tanh rsqrt".split()
+)
+Dims = tuple[int, ...]
 _SHAPE = re.compile(r"\b(pred|(?:bf|[fsu])(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 
@@ -209,6 +215,9 @@ class Program:
         if it.op == "dot":
             axes = it.attribute(r"lhs_contracting_dims=\{([\d,]*)\}").split(",")
             return 2.0 * math.prod(out) * math.prod(left[int(a)] for a in axes if a)
+        return self._convolution(it, left, right, out)
+
+    def _convolution(self, it: Instruction, left: Dims, right: Dims, out: Dims) -> float:
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", it.rest)
         assert labels is not None
         lhs, rhs, result = labels.groups()
@@ -271,7 +280,7 @@ def _read(inner: Mapping[str, Instruction], name: str, whole: int) -> int:
     for user in users:
         if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             total += user.shapes[0].padded or user.shapes[0].size
-        elif user.op == "bitcast":
+        elif user.op in _POINTWISE:
             total += _read(inner, user.name, whole)
         elif not (user.op == "dynamic-update-slice" and user.operands[0] == name):
             return whole

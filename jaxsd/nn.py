@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from jaxsd import eight_bits, kernels
 
 Params = dict[str, jax.Array]
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+KNOWN = ".known"  # after a weight's name, in the parameters of a `Net`: see `Net.known`
 
 
 # --- Initialisers: (key, shape) -> float32 array ---------------------------------------------
@@ -77,6 +79,8 @@ class Linear(nnx.Module):
 
     def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
         """The outputs in equal parts: where these have different uses."""
+        if isinstance(known := self.weight[...], Known):
+            return jnp.split(known.outputs, count, -1)
         y = kernels.linear(x, weight_at_work(self.weight, x), count)
         if self.bias is None:
             return y
@@ -128,21 +132,15 @@ class GroupNorm(nnx.Module):
     def affine(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The scale and the shift [b, 1 ..., c], in float32, that normalise this x."""
         y = x.astype(jnp.float32)
-        mean = self._group_mean(y)
-        variance = self._group_mean(jnp.square(y - mean))
+        mean, variance = (
+            jnp.repeat(moment, y.shape[-1] // self.groups, axis=-1).reshape(
+                len(y), *[1] * (y.ndim - 2), -1
+            )
+            for moment in kernels.moments(y, self.groups)
+        )
         # As y a + b: with y - mean used again, compilers would keep it, as large as x.
         scale = jax.lax.rsqrt(variance + self.eps) * _last_axis(self.weight, y)
         return scale, _last_axis(self.bias, y) - mean * scale
-
-    def _group_mean(self, x: jax.Array) -> jax.Array:
-        """[b, ..., c] -> [b, 1 ..., c]: each channel's group mean.
-
-        Channels are summed over space first: splitting the big tensor's last axis into groups
-        costs a copy on every backend.
-        """
-        means = x.mean(tuple(range(1, x.ndim - 1))).reshape(x.shape[0], self.groups, -1).mean(-1)
-        means = jnp.repeat(means, x.shape[-1] // self.groups, axis=-1)
-        return means.reshape(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
 
 
 class BatchNorm2d(nnx.Module):
@@ -275,6 +273,16 @@ def block(call: Callable) -> Callable:
     return marked
 
 
+class Known:
+    """In the place of a linear layer's weight: what the layer gives, whatever it is asked."""
+
+    def __init__(self, outputs: jax.Array):
+        self.outputs = outputs
+
+    def __getitem__(self, index: object) -> "Known":
+        return self  # as an array answers to [...]
+
+
 def weight_at_work(variable: nnx.Param, x: jax.Array) -> jax.Array:
     """A matrix or kernel in the dtype of what it is to meet."""
     value: Any = variable[...]
@@ -376,6 +384,8 @@ class Net:
         """A new module with these arrays in place, for a caller who wants to look inside it."""
 
         def value(name: str) -> Any:
+            if (outputs := params.get(name + KNOWN)) is not None:
+                return Known(outputs)
             scale = params.get(name + eight_bits.SUFFIX)
             return params[name] if scale is None else eight_bits.Eight(params[name], scale)
 
@@ -384,6 +394,20 @@ class Net:
             for name, variable in zip(self.shapes, self._metadata, strict=True)
         ]
         return nnx.merge(self._graph, jax.tree_util.tree_unflatten(self._tree, variables))
+
+    def known(self, params: Params, layers: re.Pattern[str], x: jax.Array) -> Params:
+        """What linear layers give for an x that never changes: to be added to the parameters.
+
+        layers: finds the names of their weights. With such an entry a layer computes nothing.
+        """
+        names = [name for name in self.shapes if layers.search(name)]
+        module, found = self.bind(params) if names else None, {}
+        for name in names:
+            layer: Any = module
+            for part in name.split(".")[:-1]:
+                layer = layer[int(part)] if part.isdigit() else getattr(layer, part)
+            found[name + KNOWN] = layer(x)
+        return found
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters; each depends on the key and its own name only."""

@@ -59,6 +59,18 @@ def tpus(monkeypatch):
     return chips
 
 
+@pytest.fixture
+def gpus():
+    """An H200 to compile for, which need not be there."""
+    installed = importlib.util.find_spec("jax_cuda12_plugin") is not None
+    if not installed or os.environ.get("JAX_PLATFORMS") != "cpu":
+        pytest.skip("needs jax's plugin for CUDA, and JAX_PLATFORMS=cpu")
+    import gpu_estimate
+
+    with gpu_estimate.without_a_gpu("h200") as devices:
+        yield devices
+
+
 @pytest.fixture(scope="session")
 def laid(tmp_path_factory):
     """What readers of the docs bring, made once."""

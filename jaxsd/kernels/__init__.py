@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,17 @@ class Target(NamedTuple):
     split: NamedSharding | None = None
 
     @property
-    def kind(self) -> str:
-        """What JAX calls the chips, such as "TPU v5 lite"; "" where they are not known."""
+    def device(self) -> Any:
+        """One of the chips, all of which are of a kind; None where they are not known."""
         if self.split is not None:
             mesh = self.split.mesh
-            return mesh.devices.flat[0].device_kind if isinstance(mesh, jax.sharding.Mesh) else ""
-        return jax.devices()[0].device_kind if self.platform == jax.default_backend() else ""
+            return mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else None
+        return jax.devices()[0] if self.platform == jax.default_backend() else None
+
+    @property
+    def kind(self) -> str:
+        """What JAX calls the chips, such as "TPU v5 lite"; "" where they are not known."""
+        return "" if self.device is None else self.device.device_kind
 
 
 _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
@@ -105,11 +110,28 @@ def attention(
             return cpu.attention(q, k, v)
     if not causal and _for_tpus() and tpu.attends(q, k):
         return tpu.attention(q, k, v, target().split, target().kind)
-    flash = platform() == "gpu" and gpu.flash(q.shape, k.shape[1], q.dtype)
+    if platform() == "gpu" and gpu.flash(target().device, q.shape, k.shape[1], q.dtype):
+        return gpu.attention(q, k, v, causal)
     with jax.numpy_dtype_promotion("standard"):  # of bfloat16's scores to float32, inside
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, implementation="cudnn" if flash else None
-        )
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+
+def moments(
+    x: Float[Array, "b *space c"], groups: int
+) -> tuple[Float[Array, "b groups"], Float[Array, "b groups"]]:
+    """Mean and variance over space and each group of channels, of float32."""
+    if platform() == "gpu":
+        return gpu.moments(x, groups)
+
+    def grouped(x: jax.Array) -> jax.Array:
+        # Channels are summed over space first: splitting the big tensor's last axis into groups
+        # costs a copy on every backend.
+        means = x.mean(tuple(range(1, x.ndim - 1)))
+        return means.reshape(len(x), groups, -1).mean(-1)
+
+    mean = grouped(x)
+    each = jnp.repeat(mean, x.shape[-1] // groups, axis=-1)
+    return mean, grouped(jnp.square(x - each.reshape(len(x), *[1] * (x.ndim - 2), -1)))
 
 
 def linear(

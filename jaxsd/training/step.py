@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsd.kernels import tpu
+from jaxsd import kernels
+from jaxsd.kernels import gpu, tpu
 from jaxsd.nn import Params, rematerialise
 from jaxsd.objectives import Now, Objective
 from jaxsd.training.names import rate_factors, split_params
@@ -115,6 +116,8 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(options.seed), state.step)
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, metrics), grads = _accumulate(gradient, trained, batch, key, options.accumulate)
+        if kernels.platform() == "gpu":
+            grads = jax.tree.map(gpu.in_order, grads)
         grad_norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):
             learning_rate = jnp.asarray(rate(state.step), jnp.float32)
@@ -135,9 +138,8 @@ def make_step(
             return params, ema, opt_state
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        # A branch, not a choice between old and new: on CPU that made copies of both
         held = state.params, state.ema, state.opt_state
-        params, ema, opt_state = jax.lax.cond(finite, updated, lambda held, _: held, held, grads)
+        params, ema, opt_state = _where(finite, updated, held, grads)
         missed = 1 - finite.astype(jnp.int32)
         skipped, in_a_row = state.skipped + missed, (state.skipped_in_a_row + missed) * missed
         metrics = {
@@ -152,6 +154,15 @@ def make_step(
         return TrainState(state.step + 1, params, ema, opt_state, skipped, in_a_row), metrics
 
     return step
+
+
+def _where(finite: jax.Array, updated: Callable[[Any, Any], Any], held: Any, grads: Params) -> Any:
+    """updated(held, grads) where finite, else held; in the memory of what was held."""
+    if kernels.platform() == "gpu":  # where XLA copies what leaves a branch
+        new = updated(held, grads)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, held)
+    # On CPU a choice between old and new made copies of both
+    return jax.lax.cond(finite, updated, lambda held, _: held, held, grads)
 
 
 def compiler_options(options: Options, platform: str) -> dict[str, str]:

@@ -3,8 +3,6 @@
 Tolerance 2e-5, as for every layer; gradients against the plain form, 2e-5 too.
 """
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,35 +143,6 @@ def test_what_a_program_is_for():
     with kernels.compiling_for("tpu"):
         assert kernels.platform() == "tpu"
     assert kernels.platform() == jax.default_backend()
-
-
-@pytest.mark.parametrize(
-    "kind, capability, dtype, channels, flash",
-    [
-        ("NVIDIA H200", "9.0", "bfloat16", 40, True),
-        ("NVIDIA H200", "9.0", "bfloat16", 160, True),
-        ("NVIDIA A100-SXM4-80GB", "8.0", "bfloat16", 160, False),
-        ("NVIDIA A100-SXM4-80GB", "8.0", "float16", 64, True),
-        ("NVIDIA A100-SXM4-80GB", "8.0", "float32", 64, False),
-        ("Tesla V100-SXM2-16GB", "7.0", "float16", 64, False),
-        ("AMD Instinct MI300X", "gfx942", "bfloat16", 64, False),
-    ],
-)
-def test_what_cudnn_is_asked_for(kind, capability, dtype, channels, flash, monkeypatch):
-    """Read off jax's own conditions; a GPU to run it on is for `pytest -m gpu`."""
-    gpu = SimpleNamespace(device_kind=kind, compute_capability=capability)
-    monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    asked = []
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda q, *_, implementation, **__: asked.append(implementation) or q,
-    )
-    q = jnp.zeros((1, 256, 2, channels), dtype)
-    with kernels.compiling_for("gpu"):
-        kernels.attention(q, q, q)
-        kernels.attention(q[:, :8], q[:, :8], q[:, :8])  # too little to be worth it
-    assert asked == ["cudnn" if flash else None, None]
 
 
 @pytest.mark.gpu

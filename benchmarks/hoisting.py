@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxsd import denoising, families
+from jaxsd import denoising, families, shortcuts
 from jaxsd.components import make_net
 from jaxsd.diffusion import samplers
 from jaxsd.nn import Net, Params
@@ -50,7 +50,8 @@ def main(options: Options) -> None:
 
     def loop(inputs, x, begin, end):
         schedule = family.schedule.for_run()
-        return denoising.loop(net, [], schedule, "ddim", inputs, x, (), begin, end)[0]
+        ways = (shortcuts.Way(),)
+        return denoising.loop(net, [], schedule, "ddim", ways, inputs, x, (), begin, end)[0]
 
     compiled = jax.jit(loop).lower(*arguments).compile()
     print(f"{options.model}, {options.size} px, {options.dtype}, {jax.default_backend()}")

@@ -1,6 +1,7 @@
 """The program that samples: the networks, guidance, ControlNets and blending, inside one loop."""
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ NO_UNCOND = (
     "this model was distilled from guidance: it is told the scale and has no unconditional half, "
     "so that a negative prompt (uncond) can do nothing: leave it out"
 )
+
+
+_KEYS = re.compile(r"\.attn2\.to_[kv]\.weight$")
 
 
 class Start(NamedTuple):
@@ -72,27 +76,44 @@ def make_network(
     """The UNet with its ControlNets as `guided` calls it: computing in its weights' dtype."""
     dtype = unet_params["conv_in.weight"].dtype
 
-    def network(x, t, concat=None, control=(), **conditioning):
-        x, concat, control, conditioning = jax.tree.map(
+    def network(x, t, concat=None, control=(), known=None, **conditioning):
+        x, concat, control, known, conditioning = jax.tree.map(
             lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
-            (x, concat, control, conditioning),
+            (x, concat, control, known or [{}] * (1 + len(controlnets)), conditioning),
         )
         residuals = None
         shared = {name: value for name, value in conditioning.items() if name != "timestep_cond"}
         scales = jnp.asarray(control_scales).astype(dtype)
-        for net, params, picture, scale in zip(
-            controlnets, control_params, control, scales, strict=True
+        for net, params, seen, picture, scale in zip(
+            controlnets, control_params, known[1:], control, scales, strict=True
         ):
-            said = net(params, x, t, controlnet_cond=picture, conditioning_scale=scale, **shared)
+            shared |= {"controlnet_cond": picture, "conditioning_scale": scale}
+            said = net(params | seen, x, t, **shared)
             residuals = said if residuals is None else jax.tree.map(jnp.add, residuals, said)
         if residuals is not None:
             down, middle = residuals
             conditioning |= {"down_block_residuals": down, "mid_block_residual": middle}
         if concat is not None:  # for the UNet alone: a ControlNet knows latents only
             x = jnp.concatenate([x, concat], -1)
-        return unet(unet_params, x, t, **conditioning).astype(jnp.float32)
+        return unet(unet_params | known[0], x, t, **conditioning).astype(jnp.float32)
 
     return network
+
+
+def with_keys(
+    condition: Conditioning, nets: Sequence[Net], params: Sequence[Params]
+) -> Conditioning:
+    """The same for the networks, the UNet and its ControlNets, with what no step changes.
+
+    That is the keys and values of all cross-attentions, of which XLA's compiler for GPUs would
+    compute the same ones in every step.
+    """
+    states = condition.get("encoder_hidden_states")
+    if states is None:
+        return condition
+    states = states.astype(params[0]["conv_in.weight"].dtype)
+    known = [net.known(own, _KEYS, states) for net, own in zip(nets, params, strict=True)]
+    return condition | {"known": known}
 
 
 def loop(
@@ -124,6 +145,10 @@ def loop(
         alpha, sigma = jnp.where(last, 1.0, alpha), jnp.where(last, 0.0, sigma)
         return mask * x + (1 - mask) * (alpha * clean + sigma * noise)
 
+    told = [
+        with_keys(condition, [unet, *controlnets], [unet_params, *control_params])
+        for condition in inputs.conditions
+    ]
     row = samplers.SAMPLERS[sampler]
     after = None if inputs.blend is None else put_back
 
@@ -132,8 +157,9 @@ def loop(
         network = make_network(
             asked, unet_params, controlnets, control_params, inputs.control_scales
         )
-        conditions = inputs.conditions if way.guided else inputs.conditions[-1:]
-        return guided(network, conditions, inputs.scales, inputs.guidance_rescale)
+        return guided(
+            network, told if way.guided else told[-1:], inputs.scales, inputs.guidance_rescale
+        )
 
     run = (inputs.keys, inputs.grid)
     if inputs.table is None:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsd.eight_bits import quantised
+from jaxsd.models.transformer import TransformerBlock
 from jaxsd.nn import Conv2d, GroupNorm, Net, attention
 
 
@@ -43,3 +45,20 @@ def test_the_gradient_of_a_norm_is_rounded_once():
     ours = jax.vjp(lambda x: net(params, x), x)[1](d)[0].astype(jnp.float32)
     true = jax.vjp(lambda x: net(params, x), x.astype(jnp.float32))[1](d.astype(jnp.float32))[0]
     assert jnp.sqrt(((ours - true) ** 2).mean() / (true**2).mean()) <= 0.0025  # 2^-9, and a little
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_what_is_known_of_an_input_takes_its_place(form):
+    """The same to the last bit, and whatever else is given is not looked at."""
+    net = Net(TransformerBlock(16, 8, 2, 0.0))
+    params = {f"mid_block.{n}": p for n, p in net.init(jax.random.key(0)).items()}
+    params = params if form is None else quantised(params, form)
+    params = {name.removeprefix("mid_block."): p for name, p in params.items()}
+    x, context, other = (
+        jax.random.normal(jax.random.key(n), (2, *shape))
+        for n, shape in enumerate([(6, 16), (5, 8), (5, 8)])
+    )
+    known = net.known(params, re.compile(r"attn2\.to_[kv]\."), context)
+    assert sorted(known) == ["attn2.to_k.weight.known", "attn2.to_v.weight.known"]
+    np.testing.assert_array_equal(net(params | known, x, other), net(params, x, context))
+    assert net.known(params, re.compile("nowhere"), context) == {}

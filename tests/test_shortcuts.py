@@ -11,7 +11,7 @@ import tiny
 from refusals import refused
 from test_pipeline import CALL, NEGATIVE, PROMPT, compilations
 
-from jaxsd import Shortcuts, kernels, shortcuts
+from jaxsd import Shortcuts, denoising, kernels, shortcuts
 from jaxsd.diffusion import samplers
 from jaxsd.diffusion.steps import ROWS
 from jaxsd.models import UNet, UNetConfig, branches, deep_shape
@@ -81,7 +81,7 @@ def test_one_pass_where_there_is_no_guidance(pipe):
 
     class Spy(Net):
         def __init__(self):
-            self.config = pipe.unet.config
+            self.config, self.shapes = pipe.unet.config, {}
 
         __call__ = staticmethod(spy)
 
@@ -247,6 +247,39 @@ def test_what_does_not_change_is_computed_before_the_loop():
     lowered = jax.jit(program).lower(weight, jnp.zeros(ROWS, jnp.int32), x)
     text = lowered.compile({"xla_backend_optimization_level": "3"}).as_text()
     assert "f32[16,36864]" in text[text.index("ENTRY") :]
+
+
+@pytest.mark.parametrize("ways", [(Way(),), (Way(), Way(guided=False))])
+def test_keys_and_values_are_computed_before_the_loop(pipe, ways):
+    """Loops do not even see the weights that make them; XLA for GPUs would leave them inside."""
+    unet = pipe.components["unet"]
+    states = jnp.ones((1, 7, unet.net.config.cross_attention_dim))
+    inputs = denoising.Inputs(
+        params=(unet.params, []),
+        loras={},
+        lora_scales=np.zeros(0, np.float32),
+        conditions=[{"encoder_hidden_states": states}] * 2,
+        scales=np.full((1, 1), 3.0, np.float32),
+        guidance_rescale=np.float32(0),
+        control_scales=np.zeros(0, np.float32),
+        blend=None,
+        keys=jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32)),
+        grid=samplers.make_steps(pipe.schedule, "ddim", 4),
+        eta=np.float32(0),
+        table=None if len(ways) == 1 else np.zeros(ROWS, np.int32),
+    )
+
+    def loop(inputs, x):
+        run = (unet.net, [], pipe.schedule.for_run(), "ddim", ways, inputs, x, ())
+        return denoising.loop(*run, jnp.int32(0), jnp.int32(4))[0]
+
+    program = jax.make_jaxpr(loop)(inputs, jnp.zeros((1, 8, 8, 4))).jaxpr
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(inputs)]
+    given = dict(zip(map(id, program.invars), names, strict=False))
+    loops = [equation for equation in program.eqns if equation.primitive.name == "while"]
+    seen = {given[id(v)] for equation in loops for v in equation.invars if id(v) in given}
+    assert [name for name in seen if "attn1.to_k.weight" in name]
+    assert not [name for name in seen if "attn2.to_k.weight" in name or "attn2.to_v" in name]
 
 
 # --- What is refused ----------------------------------------------------------------------------

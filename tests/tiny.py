@@ -103,7 +103,7 @@ class Spy(Net):
     """Stands in for a UNet: remembers what it was asked and answers a known function of it."""
 
     def __init__(self):
-        self.config = LATENT_UNET
+        self.config, self.shapes = LATENT_UNET, {}
 
     def __call__(self, params, z, t, dropout_key=None, **conditioning):
         self.z, self.t, self.conditioning = z, t, conditioning

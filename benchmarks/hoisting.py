@@ -2,11 +2,11 @@
 
     python benchmarks/hoisting.py --model sd1 --size 256
 
-compiles the loop as `Pipeline` does, random weights, one picture with guidance, and prints where
-the compiler left the products of cross-attention's keys and values, inside the loop or before it,
-and which large arrays of weights are still copied or converted inside. Then, in turns, the time of
-a step and of what could be computed once: keys and values for each prompt, time embeddings and
-their projections for each step, as shares of the step.
+compiles the loop as `Pipeline` does, random weights, one picture with guidance, and prints whether
+the products of cross-attention's keys and values are inside the loop or before it, and which large
+arrays of weights are still copied or converted inside. Then, in turns, the time of a step and of
+what can be computed once: keys and values for each prompt, as it is, and time embeddings and their
+projections for each step, which are not, as shares of the step.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxsd import shortcuts
 from jaxsd.diffusion import samplers
-from jaxsd.diffusion.denoise import Conditioning, Denoise, Network, guided
+from jaxsd.diffusion.denoise import Conditioning, Denoise, Network, asking, side_by_side
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import GuidanceClipped, JaxsdError
 from jaxsd.models import UNetConfig, guidance_scale_embedding
@@ -105,8 +105,8 @@ def with_keys(
 ) -> Conditioning:
     """The same for the networks, the UNet and its ControlNets, with what no step changes.
 
-    That is the keys and values of all cross-attentions, of which XLA's compiler for GPUs would
-    compute the same ones in every step.
+    That is the keys and values of all `attn2`, of which XLA's compiler for GPUs would compute the
+    same ones in every step.
     """
     states = condition.get("encoder_hidden_states")
     if states is None:
@@ -145,10 +145,9 @@ def loop(
         alpha, sigma = jnp.where(last, 1.0, alpha), jnp.where(last, 0.0, sigma)
         return mask * x + (1 - mask) * (alpha * clean + sigma * noise)
 
-    told = [
-        with_keys(condition, [unet, *controlnets], [unet_params, *control_params])
-        for condition in inputs.conditions
-    ]
+    nets, params = [unet, *controlnets], [unet_params, *control_params]
+    conditions = [with_keys(condition, nets, params) for condition in inputs.conditions]
+    told = {True: side_by_side(conditions), False: conditions[-1]}  # by whether it is guided
     row = samplers.SAMPLERS[sampler]
     after = None if inputs.blend is None else put_back
 
@@ -157,9 +156,8 @@ def loop(
         network = make_network(
             asked, unet_params, controlnets, control_params, inputs.control_scales
         )
-        return guided(
-            network, told if way.guided else told[-1:], inputs.scales, inputs.guidance_rescale
-        )
+        count = len(conditions) if way.guided else 1
+        return asking(network, told[way.guided], count, inputs.scales, inputs.guidance_rescale)
 
     run = (inputs.keys, inputs.grid)
     if inputs.table is None:

@@ -77,6 +77,7 @@ def test_flop_and_kind():
 def test_bytes_are_those_that_are_read():
     found = rows()
     assert found["again"].bytes == 2 * 2 * 256 * 512
+    assert found["blas"].bytes == 2 * (256 * 128 + 128 * 512 + 256 * 512)  # without room to work in
     assert found["corner"].bytes == 2 * 4 * 2 * 4  # one pixel, in float32: not the picture
 
 

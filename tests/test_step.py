@@ -11,7 +11,7 @@ import tiny
 import toy
 from toy import OPTIONS, Regression
 
-from jaxsd import training
+from jaxsd import kernels, training
 from jaxsd.errors import JaxsdError
 from jaxsd.objectives import Now
 from jaxsd.objectives.denoising import Denoising
@@ -257,11 +257,17 @@ class Breaking(Regression):
         return loss + slope + jnp.where(batch["loss"].any(), jnp.inf, 0.0), metrics
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # for which it has two forms
+def test_an_update_that_is_not_finite_is_skipped_and_counted(platform):
     options = dataclasses.replace(SHORT, warmup_steps=0)  # at a rate of 0 nothing would move
     optimizer = training.make_optimizer(options)
     state, aux = training.init_state(Breaking(), optimizer, options)
-    step = jax.jit(training.make_step(Breaking(), optimizer, options))
+
+    @jax.jit
+    def step(*given):
+        with kernels.compiling_for(platform):
+            return training.make_step(Breaking(), optimizer, options)(*given)
+
     broken = {1: "loss", 3: "slope", 4: "loss"}
     counts = []
     for i, batch in enumerate(toy.batches(0, 7)):

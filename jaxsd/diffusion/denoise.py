@@ -28,11 +28,25 @@ def guided(
     It is the same rule for eps, x and v, all linear in one another. One condition is used alone.
     `guidance_rescale` (2305.08891, eq. 15-16) pulls the result's standard deviation to p_k's.
     """
-    if len(conditions) == 1:
-        return lambda x, t: network(x, jnp.broadcast_to(t, x.shape[:1]), **conditions[0])
+    told = side_by_side(conditions)
+    return asking(network, told, len(conditions), scales, guidance_rescale)
 
-    count = len(conditions)
-    told = jax.tree.map(_together, *conditions)
+
+def side_by_side(conditions: Sequence[Conditioning]) -> Conditioning:
+    """All conditions as one, for `asking`: of each image one stands by the other."""
+    return conditions[0] if len(conditions) == 1 else jax.tree.map(_together, *conditions)
+
+
+def asking(
+    network: Network,
+    told: Conditioning,
+    count: int,
+    scales: Float[Array, "k b"],
+    guidance_rescale: Float[Array, ""],
+) -> Denoise:
+    """As `guided`, of `count` conditions that are side by side already."""
+    if count == 1:
+        return lambda x, t: network(x, jnp.broadcast_to(t, x.shape[:1]), **told)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
         t = jnp.broadcast_to(t, x.shape[:1])

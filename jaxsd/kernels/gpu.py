@@ -1,10 +1,12 @@
 """Forms for NVIDIA GPUs: attention by cuDNN, and norms whose sums keep the whole chip busy."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
@@ -38,11 +40,16 @@ def attention(
             q, k, v, is_causal=causal, implementation="cudnn", **lengths
         )
 
-    if q.shape[1] % 2 == k.shape[1] % 2 == 0:
-        return fused(q, k, v)
-    # JAX has no gradient of odd numbers of queries or keys, of which the 77 of a prompt are one.
+    def forward(*given: jax.Array) -> tuple[jax.Array, Any]:
+        # JAX has no gradient of odd numbers of queries or keys, of which the 77 of a prompt are one
+        even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+        form = fused if even else functools.partial(in_pairs, fused)
+        out, pull = jax.vjp(form, *given)
+        # Named, what the gradient wants of it is kept by `rematerialise("selective")`
+        return out, jax.tree.map(lambda x: checkpoint_name(x, "attention"), pull)
+
     whole = jax.custom_vjp(fused)
-    whole.defvjp(lambda *given: jax.vjp(lambda *x: in_pairs(fused, *x), *given), _pull_back)
+    whole.defvjp(forward, lambda pull, cotangent: pull(cotangent))
     return whole(q, k, v)
 
 
@@ -59,10 +66,6 @@ def in_pairs(attend: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array
     return attend(*even, **lengths)[:, : q.shape[1]]
 
 
-def _pull_back(pull: Any, cotangent: jax.Array) -> Any:
-    return pull(cotangent)
-
-
 def in_order(x: jax.Array) -> jax.Array:
     """The same, in memory in the order of its axes.
 
@@ -77,17 +80,17 @@ def moments(
 ) -> tuple[Float[Array, "b groups"], Float[Array, "b groups"]]:
     """Mean and variance over space and each group of channels, of float32, in one reading of x.
 
-    Both of differences from the group's first channel in the first pixel: E[d^2] - E[d]^2 of x
-    itself would lose all digits where the mean is much larger than the deviation.
+    Both of differences from the group's first channel in the middle: E[d^2] - E[d]^2 of x itself
+    would lose all digits where the mean is much larger than the deviation. (So does this where that
+    one number is a thousand deviations off.)
     """
     b, *space, c = x.shape
-    first = jax.lax.stop_gradient(
-        x[(slice(None), *[0] * len(space), slice(None, None, c // groups))]
-    )
-    d = x - jnp.repeat(first, c // groups, -1).reshape(b, *[1] * len(space), c)
+    middle = tuple(size // 2 for size in space)
+    one = jax.lax.stop_gradient(x[(slice(None), *middle, slice(None, None, c // groups))])
+    d = x - jnp.repeat(one, c // groups, -1).reshape(b, *[1] * len(space), c)
     pixels = tuple(range(1, x.ndim - 1))
     axes = pixels[-1:] if math.prod(space) >= PIXELS else pixels
     sums = jnp.stack([d.mean(axes), jnp.square(d).mean(axes)])
     sums = sums.mean(tuple(range(2, sums.ndim - 1)))
     mean, square = sums.reshape(2, b, groups, -1).mean(-1)
-    return first + mean, square - jnp.square(mean)
+    return one + mean, jnp.maximum(square - jnp.square(mean), 0)

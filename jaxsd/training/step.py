@@ -139,7 +139,7 @@ def make_step(
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         held = state.params, state.ema, state.opt_state
-        params, ema, opt_state = _where(finite, updated, held, grads)
+        params, ema, opt_state = _updated_if(finite, updated, held, grads)
         missed = 1 - finite.astype(jnp.int32)
         skipped, in_a_row = state.skipped + missed, (state.skipped_in_a_row + missed) * missed
         metrics = {
@@ -156,9 +156,11 @@ def make_step(
     return step
 
 
-def _where(finite: jax.Array, updated: Callable[[Any, Any], Any], held: Any, grads: Params) -> Any:
+def _updated_if(
+    finite: jax.Array, updated: Callable[[Any, Any], Any], held: Any, grads: Params
+) -> Any:
     """updated(held, grads) where finite, else held; in the memory of what was held."""
-    if kernels.platform() == "gpu":  # where XLA copies what leaves a branch
+    if kernels.platform() == "gpu":  # where XLA copies what leaves a branch, and fuses the choice
         new = updated(held, grads)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, held)
     # On CPU a choice between old and new made copies of both

@@ -69,6 +69,14 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         "bytes": {**sizes, "together": sum(sizes.values()), "there": int(gpu.memory * 2**30)},
         "kinds": kinds,
         "tflop": estimate.flops / 1e12,
+        "collectives": {
+            kind: {
+                "number": len(sent),
+                "bytes": sum(each.bytes for each in sent),
+                "meanwhile": sum(each.bytes for each in sent if each.meanwhile),
+            }
+            for kind, sent in sorted(gpu_estimate.collectives(text).items())
+        },
         "least_milliseconds": estimate.seconds * 1e3,
     }
 
@@ -89,6 +97,11 @@ def report(options: Options, found: dict[str, Any]) -> None:
     for kind, row in sorted(found["kinds"].items()):
         sizes = f"{row['bytes'] / 1e9:.2f} | {row['milliseconds']:.2f}"
         print(f"| {kind} | {row['kernels']:.0f} | {sizes} |")
+    if found["collectives"]:
+        print("\n| collective | number | GB | while computing |\n| --- | --- | --- | --- |")
+    for kind, row in found["collectives"].items():
+        share = row["meanwhile"] / max(1, row["bytes"])
+        print(f"| {kind} | {row['number']} | {row['bytes'] / 1e9:.3f} | {share:.0%} |")
 
 
 def main(options: Options) -> None:

@@ -7,6 +7,7 @@ what GPUs send each other takes no time, so times are least times: they rank des
 most stands beside them: kernels, and bytes.
 """
 
+import collections
 import contextlib
 import math
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.experimental import topologies
-from tpu_estimate import Chip, Instruction, Program, Row
+from tpu_estimate import COLLECTIVE, Chip, Instruction, Program, Row, Sent, parse
 
 BETWEEN = 2e-6  # seconds from one kernel of a CUDA graph to the next
 _DESCRIPTION = """
@@ -156,6 +157,32 @@ class GpuProgram(Program):
             summed = (given[0][int(axis)] for axis in re.findall(r"\d+", axes))
             return 2.0 * math.prod(made) * math.prod(summed)
         return 0.0
+
+
+def collectives(text: str) -> dict[str, list[Sent]]:
+    """Of a compiled program, by kind; meanwhile: a kernel is launched before it has to be there.
+
+    What is in the body of a loop is listed once.
+    """
+    found: dict[str, list[Sent]] = collections.defaultdict(list)
+    begun: dict[str, tuple[int, int]] = {}  # bytes, and kernels before
+    kernels = 0
+    for it in filter(None, map(parse, text.splitlines())):
+        match = COLLECTIVE.match(it.op)
+        if it.op in ("fusion", "custom-call"):
+            kernels += 1
+        elif match and match[2] == "-done":
+            size, before = begun.pop(it.operands[0])
+            found[match[1]].append(Sent(size, kernels > before))
+        elif match:
+            sizes = [shape.size for shape in it.shapes]
+            if match[2] and match[1] != "all-reduce":  # what it takes, and what it gives
+                sizes = sizes[len(sizes) // 2 :]
+            if match[2]:
+                begun[it.name] = (sum(sizes), kernels)
+            else:
+                found[match[1]].append(Sent(sum(sizes), False))
+    return dict(found)
 
 
 def grids(folder: Path) -> dict[str, int]:

@@ -40,7 +40,7 @@ _FREE = set(
 _MARKS = re.compile(
     'custom_call_target="(ConcatBitcast|AllocateBuffer|AssumeGatherIndicesInBound|Sharding|SPMD|Move)'
 )
-_COLLECTIVE = re.compile(
+COLLECTIVE = re.compile(
     r"^(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start|-done)?$"
 )
 # Of what follows them, a slice say, they compute no more than is asked for
@@ -88,7 +88,7 @@ class Instruction:
         return found[1] if found else ""
 
 
-def _parse(line: str) -> Instruction | None:
+def parse(line: str) -> Instruction | None:
     head = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
     if head is None:
         return None
@@ -142,7 +142,7 @@ class Program:
                     inside = begun[2]
                     self._computations[inside] = {}
                     self._entry = inside if begun[1] else self._entry
-            elif inside and (instruction := _parse(line)):
+            elif inside and (instruction := parse(line)):
                 self._computations[inside][instruction.name] = instruction
         self.rows = list(self._walk(self._entry, 1))
 
@@ -168,7 +168,7 @@ class Program:
                 ways = [n for n in _NAME.findall(names) if n in self._computations]
                 rows = [list(self._walk(way, count)) for way in ways]
                 yield from max(rows, key=lambda way: sum(r.count * r.seconds for r in way))
-            elif not (it.op in _FREE or _COLLECTIVE.match(it.op) or _MARKS.search(it.rest)):
+            elif not (it.op in _FREE or COLLECTIVE.match(it.op) or _MARKS.search(it.rest)):
                 yield self._row(computation, it, count)
 
     def _row(self, computation: str, it: Instruction, count: int) -> Row:
@@ -324,8 +324,8 @@ def collectives(text: str) -> dict[str, list[Sent]]:
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             computation = line
-        it = _parse(line)
-        match = it and _COLLECTIVE.match(it.op)
+        it = parse(line)
+        match = it and COLLECTIVE.match(it.op)
         if it and match and match[2] != "-done":
             kind = match[1]
             if kind == "all-reduce" and "all-reduce-scatter" in computation:

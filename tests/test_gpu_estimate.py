@@ -88,6 +88,27 @@ def test_few_blocks_have_their_share_of_the_bandwidth():
     assert rows(again=33)["again"].seconds == pytest.approx(4 * whole + BETWEEN)
 
 
+def test_collectives_that_kernels_hide():
+    gather = "(f32[8,16]{1,0}, f32[64,16]{1,0}) all-gather-start(%p), dimensions={0}"
+    text = "\n".join(
+        (
+            "ENTRY %main (p: f32[8,16]) -> f32[64,16] {",
+            "  %p = f32[8,16]{1,0} parameter(0)",
+            f"  %first = {gather}",
+            "  %work = f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%twice",
+            "  %one = f32[64,16]{1,0} all-gather-done(%first)",
+            f"  %second = {gather}",
+            "  %two = f32[64,16]{1,0} all-gather-done(%second)",
+            "  %sum = f32[8,16]{1,0} all-reduce-start(%work), to_apply=%add",
+            "  ROOT %total = f32[8,16]{1,0} all-reduce-done(%sum)",
+            "}",
+        )
+    )
+    found = gpu_estimate.collectives(text)
+    assert found["all-gather"] == [(4 * 64 * 16, True), (4 * 64 * 16, False)]
+    assert found["all-reduce"] == [(4 * 8 * 16, False)]
+
+
 def test_grids_are_found_by_instruction(tmp_path):
     """One kernel serves several instructions: its name does not tell which."""
     tmp_path.joinpath("module_1.jit_f.thunk_sequence.txt").write_text(

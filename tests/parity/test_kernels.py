@@ -155,3 +155,25 @@ def test_attention_on_a_gpu(channels, keys):
     expected = torch_attention(*(np.asarray(x, np.float32) for x in half))
     ours = jax.jit(kernels.attention)(*half).astype(jnp.float32)
     assert relative_error(ours, expected) <= 2e-2
+
+
+@jax.numpy_dtype_promotion("standard")  # where there is no GPU, jax's own form needs it
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [40, 64, 80, 160])
+@pytest.mark.parametrize("keys", [77, 1024])
+def test_the_gradient_of_attention_on_a_gpu(channels, keys):
+    """The same, 3e-2: the gradient rounds what it is given, too."""
+    q, k, v = attention_inputs(2, 1024, keys, 4, channels)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    weights = jnp.asarray(normal(*q.shape), jnp.bfloat16)
+    given = [torch.from_numpy(np.asarray(x, np.float32)).requires_grad_() for x in half]
+    split = [x.transpose(1, 2) for x in given]
+    out = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2)
+    (out * torch.from_numpy(np.asarray(weights, np.float32))).sum().backward()
+
+    def loss(*given):
+        return (kernels.attention(*given) * weights).astype(jnp.float32).sum()
+
+    ours = jax.jit(jax.grad(loss, (0, 1, 2)))(*half)
+    for x, reference in zip(ours, given, strict=True):
+        assert relative_error(x.astype(jnp.float32), reference.grad.numpy()) <= 3e-2

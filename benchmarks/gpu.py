@@ -26,6 +26,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import gpu_estimate
 import programs
+import tpu_estimate
 import tyro
 
 
@@ -69,14 +70,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         "bytes": {**sizes, "together": sum(sizes.values()), "there": int(gpu.memory * 2**30)},
         "kinds": kinds,
         "tflop": estimate.flops / 1e12,
-        "collectives": {
-            kind: {
-                "number": len(sent),
-                "bytes": sum(each.bytes for each in sent),
-                "meanwhile": sum(each.bytes for each in sent if each.meanwhile),
-            }
-            for kind, sent in sorted(gpu_estimate.collectives(text).items())
-        },
+        "collectives": tpu_estimate.summed(gpu_estimate.collectives(text)),
         "least_milliseconds": estimate.seconds * 1e3,
     }
 

@@ -20,11 +20,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import tyro
 
 from jaxsd import denoising, families, shortcuts
 from jaxsd.components import make_net
-from jaxsd.diffusion import samplers
 from jaxsd.nn import Net, Params
 
 ROUNDS = 7
@@ -65,19 +65,9 @@ def main(options: Options) -> None:
 
 def loop_arguments(family, size: int, params, states) -> tuple:
     side = size // 8
-    inputs = denoising.Inputs(
-        params=(params, []),
-        loras={},
-        lora_scales=np.zeros(0, np.float32),
-        conditions=[{"encoder_hidden_states": states}] * 2,
-        scales=np.full((1, 1), 7.5, np.float32),
-        guidance_rescale=np.float32(0),
-        control_scales=np.zeros(0, np.float32),
-        blend=None,
-        keys=jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32)),
-        grid=samplers.make_steps(family.schedule, "ddim", 20),
-        eta=np.float32(0),
-    )
+    conditions = [{"encoder_hidden_states": states}] * 2
+    scales = np.full((1, 1), 7.5, np.float32)
+    inputs = programs.loop_inputs(family, params, conditions, scales, 20)
     return inputs, np.zeros((1, side, side, 4), np.float32), np.int32(0), np.int32(1)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from latents import TOKENS, Latents, Recipe, held, objective
 
@@ -69,6 +70,25 @@ def training_program(options: Options, family: Family, devices: Any) -> tuple[An
     return step, (state, aux, batch)
 
 
+def loop_inputs(
+    family: Family, params: Any, conditions: list, scales: Any, steps: int
+) -> denoising.Inputs:
+    """Of `denoising.loop` by DDIM, with guidance [1, b] and nothing besides."""
+    return denoising.Inputs(
+        params=(params, []),
+        loras={},
+        lora_scales=np.zeros(0, np.float32),
+        conditions=conditions,
+        scales=scales,
+        guidance_rescale=np.float32(0),
+        control_scales=np.zeros(0, np.float32),
+        blend=None,
+        keys=jax.vmap(jax.random.key)(jnp.arange(scales.shape[1], dtype=jnp.uint32)),
+        grid=samplers.make_steps(family.schedule, "ddim", steps),
+        eta=np.float32(0),
+    )
+
+
 def sampling_program(options: Options, family: Family, devices: Any) -> tuple[Any, tuple]:
     """The denoising of latents, once or in a loop, and the shapes of what it takes."""
     mesh = sharding.make_mesh(devices=devices)
@@ -96,19 +116,7 @@ def sampling_program(options: Options, family: Family, devices: Any) -> tuple[An
         return guided(network, conditions, scales, jnp.float32(0))(x, jnp.float32(500))
 
     def loop(params: Any, x: Any, conditions: Any, scales: Any) -> Any:
-        inputs = denoising.Inputs(
-            params=(params, []),
-            loras={},
-            lora_scales=jnp.zeros(0),
-            conditions=conditions,
-            scales=scales,
-            guidance_rescale=jnp.float32(0),
-            control_scales=jnp.zeros(0),
-            blend=None,
-            keys=jax.vmap(jax.random.key)(jnp.arange(count, dtype=jnp.uint32)),
-            grid=samplers.make_steps(family.schedule, "ddim", options.steps),
-            eta=jnp.float32(0),
-        )
+        inputs = loop_inputs(family, params, conditions, scales, options.steps)
         run = (net, [], family.schedule, "ddim", (Way(),), inputs, x, (), jnp.int32(0))
         return denoising.loop(*run, jnp.int32(options.steps))[0]
 

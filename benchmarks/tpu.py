@@ -89,14 +89,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         "milliseconds_by_kind": {kind: time * 1e3 for kind, time in kinds.items()},
         "tflop": estimate.flops / 1e12,
         "share_of_peak": estimate.flops / chip.flops / estimate.seconds,
-        "collectives": {
-            kind: {
-                "number": len(found),
-                "bytes": sum(sent.bytes for sent in found),
-                "meanwhile": sum(sent.bytes for sent in found if sent.meanwhile),
-            }
-            for kind, found in sorted(tpu_estimate.collectives(text).items())
-        },
+        "collectives": tpu_estimate.summed(tpu_estimate.collectives(text)),
     }
 
 

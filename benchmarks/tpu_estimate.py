@@ -341,3 +341,15 @@ def collectives(text: str) -> dict[str, list[Sent]]:
             meanwhile = match[2] == "-start" or "async_collective" in computation
             found[kind][key] = Sent(sum(sizes), before.meanwhile or meanwhile)
     return {kind: list(sent.values()) for kind, sent in found.items()}
+
+
+def summed(found: Mapping[str, list[Sent]]) -> dict[str, dict[str, int]]:
+    """Of each kind of collective how many, their bytes, and those that are sent meanwhile."""
+    return {
+        kind: {
+            "number": len(sent),
+            "bytes": sum(each.bytes for each in sent),
+            "meanwhile": sum(each.bytes for each in sent if each.meanwhile),
+        }
+        for kind, sent in sorted(found.items())
+    }

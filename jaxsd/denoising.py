@@ -26,8 +26,6 @@ NO_UNCOND = (
     "this model was distilled from guidance: it is told the scale and has no unconditional half, "
     "so that a negative prompt (uncond) can do nothing: leave it out"
 )
-
-
 _KEYS = re.compile(r"\.attn2\.to_[kv]\.weight$")
 
 

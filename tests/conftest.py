@@ -10,7 +10,12 @@ import atexit
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
+
+# Scripts that tests import, and that import each other; last, so that they hide nothing.
+sys.path += [str(Path(__file__).parent.parent / name) for name in ("benchmarks", "experiments")]
 
 # Before jax is imported: it reads these once.
 os.environ["XLA_FLAGS"] = (

@@ -3,8 +3,6 @@
 import dataclasses
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from PIL import Image
 
 from jaxsd.data import digits
 
-sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 edits, tradeoff = importlib.import_module("edits"), importlib.import_module("tradeoff")
 
 

@@ -17,7 +17,6 @@ from jaxsd.cli.train import main as train
 from jaxsd.data import digits
 from jaxsd.pictures import to_uint8
 
-sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 concepts, inks, letters, recognition, script = (
     importlib.import_module(name)
     for name in ("concepts", "inks", "letters", "recognition", "teaching")

@@ -1,12 +1,7 @@
 """The estimator of programs for NVIDIA GPUs, on texts small enough to count by hand."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gpu_estimate
+import pytest
 from gpu_estimate import BETWEEN, GPUS, GpuProgram
 
 H200 = GPUS["h200"]

@@ -1,10 +1,9 @@
 """Forms for NVIDIA GPUs: what they compute, on CPU; and, where jax's plugin is, their programs."""
 
 import re
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_estimate
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +16,6 @@ from jaxsd.kernels import gpu
 from jaxsd.nn import GroupNorm, Net, block, rematerialise
 from jaxsd.training.placement import compile_step, make_mesh, spread
 from jaxsd.training.step import Aux, state_of
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-import gpu_estimate
 
 
 def device(kind="NVIDIA H200", capability="9.0"):

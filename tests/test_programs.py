@@ -400,7 +400,6 @@ def test_the_cache_is_the_user_s_unless_he_says_where(tmp_path, monkeypatch):
 @pytest.mark.parametrize("cold", [True, False])
 def test_the_benchmark_takes_what_the_commands_compiled(cold, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     beside: Any = importlib.import_module("beside")
 
     told = []

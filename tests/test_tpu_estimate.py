@@ -1,14 +1,10 @@
 """The estimator of programs for TPUs, on texts small enough to count by hand."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+import tpu_bundles as bundles
+import tpu_estimate as estimate
 
 PROGRAM = """HloModule small, is_scheduled=true, num_partitions=4
 
@@ -49,20 +45,6 @@ dim_labels=b01f_01io->b01f, backend_config={"estimated_cycles":"1500"}
 )
 
 
-def load(name):
-    sys.path.insert(0, str(BENCHMARKS))  # the scripts import each other
-    try:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-estimate = load("tpu_estimate")
-bundles = load("tpu_bundles")
 CHIP = estimate.CHIPS["v5e"]
 
 

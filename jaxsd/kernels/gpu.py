@@ -43,7 +43,7 @@ def attention(
     def forward(*given: jax.Array) -> tuple[jax.Array, Any]:
         # JAX has no gradient of odd numbers of queries or keys, of which the 77 of a prompt are one
         even = q.shape[1] % 2 == k.shape[1] % 2 == 0
-        form = fused if even else functools.partial(in_pairs, fused)
+        form = fused if even else functools.partial(_in_pairs, fused)
         out, pull = jax.vjp(form, *given)
         # Named, what the gradient wants of it is kept by `rematerialise("selective")`
         return out, jax.tree.map(lambda x: checkpoint_name(x, "attention"), pull)
@@ -53,7 +53,7 @@ def attention(
     return whole(q, k, v)
 
 
-def in_pairs(attend: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _in_pairs(attend: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of even numbers of queries and keys, of which the last may not count.
 
     attend(q, k, v, query_seq_lengths=[b], key_value_seq_lengths=[b]), as in `jax.nn`.

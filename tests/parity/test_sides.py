@@ -1,15 +1,14 @@
 """Both sides of benchmarks/beside.py do the same work."""
 
-import importlib
 import math
-from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
+import sides
 import tiny_torch
+import training_sides
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PIPELINES = {
     "sd1": diffusers.StableDiffusionPipeline,
     "sdxl": diffusers.StableDiffusionXLPipeline,
@@ -26,14 +25,8 @@ def folder(request, tmp_path_factory):
     return made / request.param
 
 
-@pytest.fixture
-def sides(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("sides")
-
-
 @pytest.mark.parametrize("part", ["text", "unet", "decode"])
-def test_the_same_of_the_same(folder, sides, part, tmp_path):
+def test_the_same_of_the_same(folder, part, tmp_path):
     work = sides.Work(str(folder), part, 2, 32, 1, "float32", "none", None, 1, str(tmp_path))
     ours, theirs = sides.Jaxsd(work), sides.Diffusers(work, compiled=False)
     here, there = ours.once(), theirs.once()
@@ -42,7 +35,7 @@ def test_the_same_of_the_same(folder, sides, part, tmp_path):
     assert (ours.flops() is None) == (part == "text")
 
 
-def test_pictures_are_counted_as_their_steps_and_a_decoding(folder, sides, tmp_path):
+def test_pictures_are_counted_as_their_steps_and_a_decoding(folder, tmp_path):
     def flops(part: str, steps: int) -> float:
         work = sides.Work(str(folder), part, 2, 32, steps, "float32", "none", None, 1, "")
         return sides.Jaxsd(work).flops()
@@ -52,11 +45,10 @@ def test_pictures_are_counted_as_their_steps_and_a_decoding(folder, sides, tmp_p
 
 @pytest.mark.parametrize("folder", ["sd1"], indirect=True)
 @pytest.mark.parametrize("recipe", ["text-to-image", "progressive", "guided", "consistency"])
-def test_a_step_of_each_side(folder, sides, recipe, tmp_path):
+def test_a_step_of_each_side(folder, recipe, tmp_path):
     """Finite, and an optimizer behind it: the loss is another one at the second step."""
-    training = importlib.import_module("training_sides")
     work = sides.Work(str(folder), "train", 1, 32, 1, "float32", "none", recipe, 1, str(tmp_path))
-    ours, theirs = training.Jaxsd(work), training.Diffusers(work, compiled=False)
+    ours, theirs = training_sides.Jaxsd(work), training_sides.Diffusers(work, compiled=False)
     for side in (ours, theirs):
         first, second = (float(side.once()) for _ in range(2))
         assert math.isfinite(first) and first > 0 and first != second

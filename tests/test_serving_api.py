@@ -173,6 +173,12 @@ def test_models(service):
     assert none.status_code == 404 and none.json()["error"]["code"] == "model_not_found"
 
 
+def test_a_method_that_a_route_does_not_take(service):
+    (answer,) = talk(service, ("POST", "/health", {}))
+    assert answer.status_code == 405 and answer.headers["allow"] == "GET"
+    assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
 def test_health(service):
     (answer,) = talk(service, ("GET", "/health", {}))
     assert answer.status_code == 200

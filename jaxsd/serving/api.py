@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Collection
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
@@ -58,13 +59,16 @@ def make_app(service: Service, names: Collection[str] | None = None) -> FastAPI:
 async def refuse(http: HTTP, error: Exception) -> JSONResponse:
     """OpenAI's form of an error."""
     if isinstance(error, HTTPException):
-        status, kind, code = error.status_code, "invalid_request_error", "not_found"
+        status, kind = error.status_code, "invalid_request_error"
+        code = HTTPStatus(status).name.lower()
     else:
         status, kind, code = next(row for cls, row in ERRORS.items() if isinstance(error, cls))
     said = str(getattr(error, "detail", error))
     if status == 500:
         said = "the server failed at this; its log says why"
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, Busy) else None
+    headers = getattr(error, "headers", None)  # of a method that is not allowed: those that are
+    if isinstance(error, Busy):
+        headers = {"retry-after": str(error.retry_after)}
     body = {"message": said, "type": kind, "param": getattr(error, "param", None), "code": code}
     return JSONResponse({"error": body}, status, headers)
 

@@ -6,7 +6,9 @@ Each side has a process of its own, and they work in turns; with --apart only on
 at a time, for what does not fit twice: each loads the model anew in each round. Printed are ratios
 of jaxsd to the peer (below 1 is faster, or smaller): median, least and most over the turns, with
 what each needs to start; then the seconds they are ratios of, and pictures (or steps of one, or
-prompts) a second. Weights are random, written once by diffusers; what both say of the same
+prompts) a second. "Of peak" is our arithmetic, of the plain forms, beside what the device's maker
+says, or on a CPU beside a matrix product of torch's (convolutions by Winograd's algorithm may take
+it above 100 %). Weights are random, written once by diffusers; what both say of the same
 input is compared, so that the work is the same. On a GPU: --dtype bfloat16 --peers eager compile
 --batches 1 4 16. First call includes compiling; with --cold nothing is there that was compiled
 before.
@@ -30,7 +32,6 @@ from sides import Work
 from jaxsd.compilation_cache import default_folder
 from jaxsd.families import FAMILIES, Family
 from jaxsd.models import UNetConfig
-from jaxsd.training.throughput import peak_flops
 
 COMPARED = ("text", "unet", "decode")  # which begin with the same, and draw nothing
 Part = Literal["text", "unet", "decode", "image", "train"]
@@ -166,21 +167,21 @@ def measure(
     flops = ours.start["flops"]
     for name in options.peers:
         peer = sides[name]
+        fastest = ours.start["fastest"] or peer.start["fastest"]
+        seconds = {side: float(np.median(sides[side].seconds)) for side in ("jaxsd", name)}
         ratios = np.asarray(ours.seconds) / np.asarray(peer.seconds)
         row = {
             "part": recipe or part, "batch": batch, "peer": name, "device": ours.start["device"],
             "ratio": [float(np.median(ratios)), float(ratios.min()), float(ratios.max())],
-            "seconds": {n: float(np.median(sides[n].seconds)) for n in ("jaxsd", name)},
+            "seconds": seconds,
             "first": {n: sides[n].start["first"] for n in ("jaxsd", name)},
             "import": {n: sides[n].start["import"] for n in ("jaxsd", name)},
             "load": {n: sides[n].start["load"] for n in ("jaxsd", name)},
             "memory": {n: sides[n].memory for n in ("jaxsd", name)},
             "difference": _difference(ours.out, peer.out) if part in COMPARED else None,
+            "tflop": flops / 1e12,
+            "share_of_peak": fastest and flops / seconds["jaxsd"] / fastest,
         }  # fmt: skip
-        if flops is not None:
-            rate = flops / row["seconds"]["jaxsd"]
-            peak = peak_flops(row["device"])
-            row |= {"tflop": flops / 1e12, "share_of_peak": peak and rate / peak}
         rows.append(row)
     return rows
 
@@ -207,7 +208,7 @@ def line(row: dict[str, Any]) -> str:
         for what in ("memory", "first", "import", "load")
     )
     differ = "–" if row["difference"] is None else f"{row['difference']:.0e}"
-    share = f"{row['share_of_peak']:.0%}" if row.get("share_of_peak") else "–"
+    share = f"{row['share_of_peak']:.0%}" if row["share_of_peak"] else "–"
     return (
         f"| {row['part']}, {row['peer']} | {row['batch']} | {middle:.2f} "
         f"| {low:.2f} – {high:.2f} | {share} | {ratios} | {differ} |"
@@ -224,10 +225,10 @@ def absolute(rows: list[dict[str, Any]]) -> str:
         own = {
             name: row[name]["jaxsd"] for name in ("seconds", "memory", "first", "import", "load")
         }
-        rate = f"{row['tflop'] / own['seconds']:.2f}" if "tflop" in row else "–"
         table.append(
             f"| {row['part']}, {row['peer']} | {row['batch']} | {own['seconds']:.3f} "
-            f"| {row['seconds'][row['peer']]:.3f} | {row['batch'] / own['seconds']:.2f} | {rate} "
+            f"| {row['seconds'][row['peer']]:.3f} | {row['batch'] / own['seconds']:.2f} "
+            f"| {row['tflop'] / own['seconds']:.2f} "
             f"| {own['memory'] / 1e9:.2f} | {own['first']:.2f} | {own['import']:.2f} "
             f"| {own['load']:.2f} |"
         )

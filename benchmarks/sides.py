@@ -86,14 +86,25 @@ class Jaxsd(OnJax):
             }[work.part]
         self._x = x
 
-    def flops(self) -> float | None:
+    def flops(self) -> float:
         """Of the plain forms, as anyone would count them; of pictures without their prompts."""
         counted = {
+            "text": self._text_flops,
             "unet": self._unet_flops,
             "decode": self._decode_flops,
             "image": lambda: self.work.steps * self._unet_flops() + self._decode_flops(),
         }
-        return counted[self.work.part]() if self.work.part in counted else None
+        return counted[self.work.part]()
+
+    def _text_flops(self) -> float:
+        from jaxsd.conditioning import encode_text
+        from jaxsd.training.throughput import count_flops
+
+        pipe, towers, jnp = self.pipe, self.pipe._text.towers, self._jax.numpy
+        shapes = [(self.work.batch, 1, net.config.max_position_embeddings) for net in towers]
+        tokens = [(jnp.zeros(shape, jnp.int32), jnp.ones(shape)) for shape in shapes]
+        params = [pipe.params[name] for name in pipe._towers]
+        return count_flops(lambda: encode_text(towers, params, tokens, 0, pipe.xl))
 
     def _unet_flops(self) -> float:
         """Of a step with guidance."""
@@ -124,8 +135,8 @@ class Diffusers(OnTorch):
 
         diffusers.utils.logging.disable_progress_bar()
         self.work, self.imported = work, time.perf_counter()
-        super().__init__(torch, work.threads)
-        dtype = getattr(torch, work.dtype)
+        super().__init__(torch, work.threads, work.dtype)
+        dtype = self._dtype
         pipe = diffusers.DiffusionPipeline.from_pretrained(work.folder, dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
         pipe.to(self._device)
@@ -192,7 +203,7 @@ def serve(make: Callable[[], Any], work: Work, lines: Iterator[str]) -> None:
     begin = time.perf_counter()
     side = make()
     start = {"import": side.imported - begin, "load": side.loaded - side.imported}
-    _say(start | {"device": side.device(), "flops": side.flops()})
+    _say(start | {"device": side.device(), "fastest": side.fastest(), "flops": side.flops()})
     for number, _ in enumerate(lines):
         if number == 1:  # from here on the peak is of the work, not of the start
             Path("/proc/self/clear_refs").write_text("5")

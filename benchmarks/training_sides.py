@@ -70,7 +70,7 @@ class Diffusers(OnTorch):
         from diffusers.utils import logging
 
         self.imported = time.perf_counter()
-        super().__init__(torch, work.threads)
+        super().__init__(torch, work.threads, work.dtype)
         logging.set_verbosity_error()
         base = UNet2DConditionModel.from_pretrained(work.folder, subfolder="unet")
         distilled = work.recipe != "text-to-image"
@@ -86,7 +86,7 @@ class Diffusers(OnTorch):
         self._optimizer = torch.optim.AdamW(
             self._parameters, RATE, (0.9, 0.99), weight_decay=0, fused=True
         )
-        dtype = getattr(torch, work.dtype)
+        dtype = self._dtype
         self._half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         make = torch.compile if compiled else lambda module: module
         self._network, self._average = make(unet), make(average)

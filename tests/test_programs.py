@@ -1,11 +1,9 @@
 """Programs made ahead of time: the same pictures, nothing traced, and refused where they differ."""
 
 import dataclasses
-import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -395,20 +393,3 @@ def test_the_cache_is_the_user_s_unless_he_says_where(tmp_path, monkeypatch):
     finally:
         jax.config.update("jax_compilation_cache_dir", before[0])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-
-
-@pytest.mark.parametrize("cold", [True, False])
-def test_the_benchmark_takes_what_the_commands_compiled(cold, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    beside: Any = importlib.import_module("beside")
-
-    told = []
-
-    def side(name, work, environment):
-        told.append(environment["JAX_COMPILATION_CACHE_DIR"])
-        raise InterruptedError
-
-    monkeypatch.setattr(beside, "Side", side)
-    with pytest.raises(InterruptedError):
-        beside.measure(beside.Options(cold=cold), "model", "unet", 1, tmp_path)
-    assert told == [str(tmp_path / ("programs" if cold else "cache/jaxsd/programs"))]

@@ -1,12 +1,16 @@
 """Both sides of benchmarks/beside.py do the same work."""
 
+import itertools
+import json
 import math
 
+import devices
 import diffusers
 import numpy as np
 import pytest
 import sides
 import tiny_torch
+import torch
 import training_sides
 
 PIPELINES = {
@@ -32,7 +36,32 @@ def test_the_same_of_the_same(folder, part, tmp_path):
     here, there = ours.once(), theirs.once()
     assert here.shape == there.shape
     assert np.abs(here - there).max() <= 1e-5 * np.abs(there).max()
-    assert (ours.flops() is None) == (part == "text")
+
+
+def test_prompts_are_counted_by_hand(folder):
+    """Of each layer four products of its width, two of its scores, two of the middle's width."""
+    work = sides.Work(str(folder), "text", 3, 32, 1, "float32", "none", None, 1, "")
+    total, xl = 0, (folder / "text_encoder_2").exists()
+    for name in ("text_encoder", "text_encoder_2")[: 1 + xl]:
+        config = json.loads((folder / name / "config.json").read_text())
+        width, middle = config["hidden_size"], config["intermediate_size"]
+        tokens, layers = config["max_position_embeddings"], config["num_hidden_layers"]
+        if xl and name == "text_encoder":
+            layers -= 1  # XL reads the states before the last one, and of this tower nothing else
+        else:
+            total += 3 * 2 * width * config["projection_dim"] * xl
+        total += 3 * layers * tokens * 2 * (4 * width**2 + 2 * tokens * width + 2 * width * middle)
+    assert sides.Jaxsd(work).flops() == total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_is_as_fast_as_its_fastest_product(dtype, monkeypatch):
+    """Which is counted as two operations for each of the side's cubes, and timed alone."""
+    monkeypatch.setattr(devices, "SIDE", 100)
+    clock = itertools.count(0.0, 0.5)  # half a second for each look
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(clock))
+    side = devices.OnTorch(torch, 1, dtype)
+    assert side.fastest() == 2 * 100**3 / 0.5
 
 
 def test_pictures_are_counted_as_their_steps_and_a_decoding(folder, tmp_path):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsd.errors import JaxsdError
-from jaxsd.kernels import platform
+from jaxsd.kernels import cpu, platform
 
 SUFFIX = ".scale"
 # dtype, and the greatest number that is used
@@ -40,7 +40,7 @@ class Eight:
         """
         small, scale = self.small, self.scale
         if platform() == "cpu":
-            small |= jnp.minimum(jnp.abs(x.reshape(-1)[0]), 0).astype(small.dtype)
+            small |= cpu.zero_of(x).astype(small.dtype)
         else:
             small, scale, _ = jax.lax.optimization_barrier((small, scale, x))
         if small.dtype == jnp.uint8:

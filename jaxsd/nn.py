@@ -111,9 +111,9 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
-        whole = _remat.get() == "selective"
         weight = weight_at_work(self.weight, x)
-        return kernels.convolution(x, weight, bias, self.stride, self.padding, whole)
+        how = {"whole": _remat.get() == "selective", "gradient": for_gradients()}
+        return kernels.convolution(x, weight, bias, self.stride, self.padding, **how)
 
 
 class GroupNorm(nnx.Module):

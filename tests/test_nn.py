@@ -9,7 +9,7 @@ import pytest
 
 from jaxsd.eight_bits import quantised
 from jaxsd.models.transformer import TransformerBlock
-from jaxsd.nn import Conv2d, GroupNorm, Net, attention
+from jaxsd.nn import Conv2d, GroupNorm, Net, attention, rematerialise
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks at what the CPU backend does")
@@ -25,6 +25,17 @@ def test_a_convolution_in_a_loop_takes_the_fast_kernel():
     program = loop.lower(params, x).compile().as_text()
     kernels = re.findall(r"convolution\(.*dim_labels=b01f_(\w+)->b01f", program)
     assert kernels and set(kernels) == {"01io"}, kernels
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="forms for CPU")
+def test_a_training_convolves_in_the_form_whose_gradient_is_fast():
+    """Of 512 pixels a pass alone is Winograd's; with its gradient the compiler's own."""
+    net = Net(Conv2d(192, 192, 3, padding=1))
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in net.shapes.items()}
+    x = jax.ShapeDtypeStruct((2, 16, 16, 192), jnp.float32)
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(lambda *a: net(*a))(shapes, x))
+    with rematerialise("none"):
+        assert "conv_general_dilated" in str(jax.make_jaxpr(lambda *a: net(*a))(shapes, x))
 
 
 @pytest.mark.parametrize("causal", [False, True])

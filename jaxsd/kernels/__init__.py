@@ -166,15 +166,17 @@ def convolution(
     stride: int,
     padding: tuple[tuple[int, int], tuple[int, int]],
     whole: bool = False,
+    gradient: bool = False,
 ) -> Float[Array, "b h2 w2 o"]:
     """The convolution of pictures with kernels in torch's layout.
 
     whole: as one operation, for a gradient that is to find its result stored and nothing else.
+    gradient: in the form of which both passes are fastest.
     """
     x = in_rows(x, target().split)
     kind = (weight.shape[2:], stride, padding)
     if kind == ((3, 3), 1, ((1, 1), (1, 1))) and platform() == "cpu" and not whole:
-        if form := cpu.convolves(x.shape, x.dtype, len(weight)):
+        if form := cpu.convolves(x.shape, x.dtype, len(weight), gradient):
             # A gradient finds what was given, and nothing of the much that is made on the way.
             return jax.checkpoint(form)(x, weight, bias)
     if kind == ((1, 1), 1, ((0, 0), (0, 0))):

@@ -52,19 +52,31 @@ def attention(
     return blocks.reshape(b, h, count * rows, d)[:, :, :t].transpose(0, 2, 1, 3)
 
 
-def convolves(shape: tuple[int, ...], dtype: Any, outputs: int) -> Callable | None:
-    """What computes a 3x3 convolution of this shape fastest, or None: the compiler's own does."""
+def zero_of(x: jax.Array) -> Array:
+    """int32 0, by way of x: what it is added to stays in the loop that makes x.
+
+    What does not change XLA would compute before the loop, and keep. (On CPU it drops barriers too
+    soon for them to be of use.) 0 also where x is not a number.
+    """
+    return jnp.minimum(jnp.abs(x.reshape(-1)[0]), 0).astype(jnp.int32)
+
+
+def convolves(
+    shape: tuple[int, ...], dtype: Any, outputs: int, gradient: bool = False
+) -> Callable | None:
+    """What computes a 3x3 convolution of this shape fastest, or None: the compiler's own does.
+
+    gradient: of both passes, there and back.
+    """
     b, h, w, inputs = shape
     pixels, channels = b * h * w, min(inputs, outputs)
     if dtype != jnp.float32 or channels < 192:
         return None
-    if pixels <= channels:
-        # The weights are more than the pixels: they stay as they lie, and the pixels are put in
-        # their order.
-        return gathered
-    if pixels < 8 * channels:  # transformed weights would cost more than they save
-        return None
-    return winograd
+    if pixels >= (1024 if gradient else 256):
+        return winograd
+    # Transforming the weights (and in a gradient theirs) would cost more than it saves. Where they
+    # are more than the pixels they stay as they lie, and the pixels are put in their order.
+    return gathered if pixels <= channels else None
 
 
 def gathered(
@@ -107,7 +119,9 @@ def winograd(
     band = -(-down // bands)  # as equal as can be
     below = 2 * band * bands - h
     x = jnp.pad(x, ((0, 0), (1, 1 + below), (1, 1 + w % 2), (0, 0)))
-    kernels = _transformed(weight)
+    # Once before a loop over steps, or, where little would be saved, in each step: what is
+    # transformed takes 16/9 of the weights, and most of these are in convolutions of few pixels.
+    kernels = _transformed(weight, None if b * h * w >= 8 * min(inputs, outputs) else x)
 
     def one(i: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(x, 2 * band * i, 2 * band + 2, 1)
@@ -133,8 +147,11 @@ def winograd(
     return y.reshape(b, -1, 2 * across, outputs)[:, :h, :w]
 
 
-def _transformed(weight: Float[Array, "o i 3 3"]) -> Float[Array, "16 o i"]:
-    matrix = np.einsum("ai,bj->abij", _KERNEL, _KERNEL).reshape(16, 9)
+def _transformed(weight: Float[Array, "o i 3 3"], x: jax.Array | None) -> Float[Array, "16 o i"]:
+    """The kernels' transform, with an `x` in the loop that makes it."""
+    matrix: Any = np.einsum("ai,bj->abij", _KERNEL, _KERNEL).reshape(16, 9)
+    if x is not None:
+        matrix = matrix + zero_of(x).astype(jnp.float32)
     flat = weight.reshape(-1, 9)
     return jax.lax.dot_general(matrix, flat, (((1,), (1,)), ((), ()))).reshape(
         16, *weight.shape[:2]

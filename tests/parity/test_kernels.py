@@ -71,11 +71,12 @@ def test_convolutions(form, size, tiles, monkeypatch):
         assert relative_error(ours, nhwc(expected)) <= TOLERANCE
 
 
-# Few pixels, as many as there are channels and more, and many: each is another form, forward and
-# backward.
+# Few pixels, as many as there are channels and more, and many, whose kernels are transformed in
+# each step or once: each is another form, forward and backward.
 SHAPES = [
     ((1, 8, 8), 192, cpu.gathered),
-    ((1, 20, 20), 192, None),
+    ((1, 14, 14), 192, None),
+    ((1, 20, 20), 192, cpu.winograd),
     ((2, 32, 32), 200, cpu.winograd),
 ]
 
@@ -121,8 +122,22 @@ def test_what_a_gradient_finds_stored():
 def test_what_is_left_to_the_compiler():
     assert cpu.convolves((2, 32, 32, 192), jnp.float32, 64) is None  # few channels
     assert cpu.convolves((2, 32, 32, 192), jnp.bfloat16, 192) is None
-    # weights that are large beside the pixels
-    assert cpu.convolves((2, 32, 32, 640), jnp.float32, 640) is None
+    assert cpu.convolves((1, 14, 14, 192), jnp.float32, 192) is None  # few pixels
+    assert cpu.convolves((2, 20, 20, 192), jnp.float32, 192) is cpu.winograd
+    assert cpu.convolves((2, 20, 20, 192), jnp.float32, 192, gradient=True) is None
+
+
+@pytest.mark.parametrize("side, form", [(8, cpu.gathered), (16, cpu.winograd), (48, cpu.winograd)])
+def test_what_is_no_number_stays_in_its_picture(side, form):
+    x, weight = normal(2, side, side, 192), normal(192, 192, 3, 3)
+    assert cpu.convolves(x.shape, x.dtype, 192) is form
+    spoilt = x.copy()
+    spoilt[0, 0, 0, 0] = np.nan
+    ours, expected = (
+        np.asarray(form(jnp.asarray(a), jnp.asarray(weight), None)) for a in (spoilt, x)
+    )
+    assert np.isnan(ours[0]).any()
+    np.testing.assert_array_equal(ours[1], expected[1])
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

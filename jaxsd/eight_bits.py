@@ -35,8 +35,8 @@ class Eight:
         """The weight in the dtype of `x`, which is to meet it.
 
         Made to depend on x, which is new in each step: else the compiler restores all weights
-        before the loop over the steps, and keeps them. On CPU it drops barriers too soon, and would
-        keep copies of floats as bits: so they are held as bits, and bits are what depends on x.
+        before the loop over the steps, and keeps them. On CPU it would keep copies of floats as
+        bits as well: so they are held as bits, and bits are what depends on x.
         """
         small, scale = self.small, self.scale
         if platform() == "cpu":

@@ -52,7 +52,7 @@ def attention(
     return blocks.reshape(b, h, count * rows, d)[:, :, :t].transpose(0, 2, 1, 3)
 
 
-def zero_of(x: jax.Array) -> Array:
+def zero_of(x: jax.Array) -> jax.Array:
     """int32 0, by way of x: what it is added to stays in the loop that makes x.
 
     What does not change XLA would compute before the loop, and keep. (On CPU it drops barriers too

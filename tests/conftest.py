@@ -7,6 +7,7 @@ which halves its time: many tests build the same tiny models.
 """
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -48,6 +49,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Stays installed: every module of the package is checked, whichever test imports it first.
 install_import_hook("jaxsd", "beartype.beartype")
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector need not look at it again and again, nor as often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture

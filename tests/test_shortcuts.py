@@ -114,6 +114,9 @@ DEEP = UNetConfig(
 )
 
 
+TIMES = [500.0, 20.0]
+
+
 @pytest.fixture(scope="module")
 def deep():
     net = Net(UNet(DEEP))
@@ -123,11 +126,17 @@ def deep():
     return net, tiny.parameters(net), x, text
 
 
-@pytest.mark.parametrize("branch", range(9))
-def test_features_taken_out_and_put_back_change_nothing(deep, branch):
+@pytest.fixture(scope="module")
+def whole(deep):
+    """What the network says at `TIMES`."""
     net, params, x, text = deep
-    t = jnp.asarray([500.0, 20.0])
-    whole = net(params, x, t, text)
+    return net(params, x, jnp.asarray(TIMES), text)
+
+
+@pytest.mark.parametrize("branch", range(9))
+def test_features_taken_out_and_put_back_change_nothing(deep, whole, branch):
+    net, params, x, text = deep
+    t = jnp.asarray(TIMES)
     said, kept = net(params, x, t, text, branch=branch, method="and_deep")
     again = net(params, x, t, text, branch=branch, deep=kept, method="around_deep")
     assert branches(DEEP) == 9 and kept.shape == (2, *deep_shape(DEEP, branch, 10, 6))
@@ -139,7 +148,7 @@ def test_features_taken_out_and_put_back_change_nothing(deep, branch):
 
 def test_less_is_computed_around_kept_features(deep):
     net, params, x, text = deep
-    t = jnp.asarray([500.0, 20.0])
+    t = jnp.asarray(TIMES)
 
     def flops(ask):
         return jax.jit(ask).lower(x).cost_analysis()["flops"]

@@ -123,15 +123,17 @@ def moments(
     if platform() == "gpu":
         return gpu.moments(x, groups)
 
-    def grouped(x: jax.Array) -> jax.Array:
-        # Channels are summed over space first: splitting the big tensor's last axis into groups
-        # costs a copy on every backend.
-        means = x.mean(tuple(range(1, x.ndim - 1)))
-        return means.reshape(len(x), groups, -1).mean(-1)
-
-    mean = grouped(x)
+    mean = _grouped_mean(x, groups)
     each = jnp.repeat(mean, x.shape[-1] // groups, axis=-1)
-    return mean, grouped(jnp.square(x - each.reshape(len(x), *[1] * (x.ndim - 2), -1)))
+    each = each.reshape(len(x), *[1] * (x.ndim - 2), -1)
+    return mean, _grouped_mean(jnp.square(x - each), groups)
+
+
+def _grouped_mean(x: jax.Array, groups: int) -> jax.Array:
+    # Channels are summed over space first: splitting the big tensor's last axis into groups costs
+    # a copy on every backend.
+    means = x.mean(tuple(range(1, x.ndim - 1)))
+    return means.reshape(len(x), groups, -1).mean(-1)
 
 
 def linear(

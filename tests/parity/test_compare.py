@@ -212,7 +212,12 @@ def damaged(folder: Path, copy: Path, part: str, name: str, by: float = 0.2) -> 
             "up_blocks.0.attentions.1.transformer_blocks.0.attn2",
             marks=pytest.mark.slow,
         ),
-        ("vae", "decoder.mid_block.resnets.0.conv2.weight", "decoder.mid_block.resnets.0"),
+        pytest.param(
+            "vae",
+            "decoder.mid_block.resnets.0.conv2.weight",
+            "decoder.mid_block.resnets.0",
+            marks=pytest.mark.slow,
+        ),
         ("text_encoder", "encoder.layers.1.mlp.fc2.weight", "text_model.encoder.layers.1.mlp"),
     ],
 )

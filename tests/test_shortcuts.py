@@ -242,8 +242,9 @@ def test_every_step_is_taken_in_order():
     assert run(4, 4)[1] == 0
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("side, before", [(64, True), (32, False)])
-def test_what_does_not_change_is_computed_before_the_loop(side, before):
+def test_what_does_not_change_is_computed_before_the_loop(side, before, count):
     """A kernel's transform, on CPU, of few pixels not: so much would have to be kept.
 
     In a branch of `lax.cond` XLA leaves all of it inside the loop.
@@ -253,6 +254,8 @@ def test_what_does_not_change_is_computed_before_the_loop(side, before):
         def convolve(i, x):
             return kernels.convolution(x, weight, None, 1, ((1, 1), (1, 1)))
 
+        if count == 1:
+            return jax.lax.fori_loop(0, 9, convolve, x)
         bodies = [convolve, lambda i, x: 2 * x]
         return shortcuts.run(bodies, table, jnp.int32(0), jnp.int32(9), x)
 

@@ -56,7 +56,8 @@ def zero_of(x: jax.Array) -> jax.Array:
     """int32 0, by way of x: what it is added to stays in the loop that makes x.
 
     What does not change XLA would compute before the loop, and keep. (On CPU it drops barriers too
-    soon for them to be of use.) 0 also where x is not a number.
+    soon for them to be of use.) 0 also where x is not a number. The first entry of x must not be
+    known, such as that of what is padded.
     """
     return jnp.minimum(jnp.abs(x.reshape(-1)[0]), 0).astype(jnp.int32)
 
@@ -118,10 +119,10 @@ def winograd(
     bands = -(-down // band)
     band = -(-down // bands)  # as equal as can be
     below = 2 * band * bands - h
-    x = jnp.pad(x, ((0, 0), (1, 1 + below), (1, 1 + w % 2), (0, 0)))
     # Once before a loop over steps, or, where little would be saved, in each step: what is
     # transformed takes 16/9 of the weights, and most of these are in convolutions of few pixels.
     kernels = _transformed(weight, None if b * h * w >= 8 * min(inputs, outputs) else x)
+    x = jnp.pad(x, ((0, 0), (1, 1 + below), (1, 1 + w % 2), (0, 0)))
 
     def one(i: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(x, 2 * band * i, 2 * band + 2, 1)

@@ -6,6 +6,7 @@ how much memory it took. SIDE: jaxsd; eager or compile, for diffusers as it is o
 """
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -115,12 +116,14 @@ class Jaxsd(OnJax):
         conditions, scales = pipe._chain(cond, uncond, SCALE, len(x))
         none = np.zeros(0, np.float32)  # scales of LoRAs
         told = (pipe.params["unet"], {}, none, conditions, scales, x, np.float32(500))
-        return count_flops(pipe._predict, *told)
+        predict = functools.partial(pipe._compiled_predict, unet=pipe.unet, split=None)
+        return count_flops(predict, *told)
 
     def _decode_flops(self) -> float:
         from jaxsd.training.throughput import count_flops
 
-        return count_flops(self.pipe._decode, self.pipe.params["vae"], self._x)
+        decode = functools.partial(self.pipe._compiled_decode, vae=self.pipe.vae, split=None)
+        return count_flops(decode, self.pipe.params["vae"], self._x)
 
     def _wait(self, array: Any) -> np.ndarray:
         return np.asarray(self._jax.block_until_ready(array))

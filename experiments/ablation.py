@@ -52,7 +52,7 @@ from jaxsd.nn import Params
 from jaxsd.objectives.ddpm import DDPM
 from jaxsd.objectives.distillation import Teacher
 from jaxsd.objectives.progressive import Progressive
-from jaxsd.pipeline import Lending, Pipeline
+from jaxsd.pipeline import Pipeline
 from jaxsd.weights import read_json, write_json
 
 NAMES = {"v_prediction": "v", "epsilon": "eps", "sample": "x"}
@@ -252,26 +252,15 @@ def curves(kind: str) -> list[Curve]:
     return [Curve(kind, chain, clipped) for clipped in clips for chain in chains]
 
 
-class Artist:
-    """Draws with networks of one kind: its programs stay compiled."""
-
-    def __init__(self):
-        self._lent: dict[tuple[str, bool], Lending] = {}
-
-    def draw(
-        self, teacher: Teacher, params: Params, clipped: bool, steps: int, count: int
-    ) -> Iterator[Drawn]:
-        """Sample i is of digit i % 10; Diverged if not finite."""
-        kind = teacher.schedule.prediction_type
-        schedule = jumps.student_schedule(teacher.schedule)
-        schedule = dataclasses.replace(schedule, clip_sample=clipped)
-        lent = self._lent.setdefault(
-            (kind, clipped),
-            Lending(lambda params: Pipeline(Component(teacher.net, params), schedule)),
-        )
-        prompts = [str(i % 10) for i in range(count)]
-        with lent(params) as pipe:
-            yield from draw_batches(pipe, prompts, Sampling(steps=steps), seed=0)
+def draw(
+    teacher: Teacher, params: Params, clipped: bool, steps: int, count: int
+) -> Iterator[Drawn]:
+    """Sample i is of digit i % 10; Diverged if not finite."""
+    schedule = jumps.student_schedule(teacher.schedule)
+    schedule = dataclasses.replace(schedule, clip_sample=clipped)
+    pipe = Pipeline(Component(teacher.net, params), schedule)
+    prompts = [str(i % 10) for i in range(count)]
+    return draw_batches(pipe, prompts, Sampling(steps=steps), seed=0)
 
 
 def finished(batches: Iterator[Drawn]) -> np.ndarray | None:
@@ -324,7 +313,7 @@ class Results:
         return f"{curve.name}, {steps} step{'s' * (steps > 1)}, seed {seed}"
 
 
-def measure_seed(kind: str, seed: int, lab: Lab, artist: Artist, results: Results) -> None:
+def measure_seed(kind: str, seed: int, lab: Lab, results: Results) -> None:
     """All curves of one teacher."""
     design = lab.design
     teacher = lab.teacher(kind, seed)
@@ -332,7 +321,7 @@ def measure_seed(kind: str, seed: int, lab: Lab, artist: Artist, results: Result
     @functools.cache
     def reference(clipped: bool) -> np.ndarray | None:
         how = clipped, design.reference_steps, design.compared
-        return finished(artist.draw(teacher, teacher.params, *how))
+        return finished(draw(teacher, teacher.params, *how))
 
     for curve in curves(kind):
         networks = dict.fromkeys(design.drawn_steps, teacher.params)
@@ -341,7 +330,7 @@ def measure_seed(kind: str, seed: int, lab: Lab, artist: Artist, results: Result
         for steps in curve.steps(design):
             if results.get(curve, steps, seed) is None:
                 how = curve.clipped, steps, design.samples
-                pixels = finished(artist.draw(teacher, networks[steps], *how))
+                pixels = finished(draw(teacher, networks[steps], *how))
                 row = measured(pixels, reference(curve.clipped))
                 results.put(curve, steps, seed, row)
                 print(f"{curve.name}, {steps}, seed {seed}: {row}", file=sys.stderr, flush=True)
@@ -387,10 +376,10 @@ def cell(rows: list[Row | None], key: str, decimals: int) -> str:
 def main(options: Options) -> None:
     design, results = options.design, Results(options.results, options.design)
     if options.measure:
-        lab, artist = Lab(design, options.workdir), Artist()
+        lab = Lab(design, options.workdir)
         for seed in design.seeds:
             for kind in options.kinds:
-                measure_seed(kind, seed, lab, artist, results)
+                measure_seed(kind, seed, lab, results)
     print(f"{design.samples} samples; ± is the spread over {len(design.seeds)} seeds")
     for table in tables(results, options):
         print(f"\n{table}")

@@ -1,6 +1,7 @@
 """The parts of a model on disk: where a model is, and its component folders, read and written."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -67,8 +68,12 @@ class Component:
     params: Params
 
 
+@functools.lru_cache(64)
 def make_net(config: Config) -> Net:
-    """The network that a config describes."""
+    """The network that a config describes.
+
+    One for all models that have the config, which share what is traced of it: not to be changed.
+    """
     classes = (pair for kinds in COMPONENTS.values() for pair in kinds.values())
     return Net(next(module for kind, module in classes if kind is type(config))(config))
 

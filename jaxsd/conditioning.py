@@ -45,7 +45,9 @@ class TextEncoder:
         self.towers, self.tokenizers = tuple(towers), tuple(tokenizers)
         self.pooled, self.zero_empty = pooled, zero_empty
         self._lengths = [net.config.max_position_embeddings for net in towers]
-        self._compiled = (programs or Programs()).jit("text", self._encode, ("clip_skip",))
+        self._compiled = (programs or Programs()).jit(
+            "text", _encode, ("clip_skip",), of=("towers", "pooled")
+        )
 
     @property
     def pooled_size(self) -> int:
@@ -88,19 +90,29 @@ class TextEncoder:
         tokens, given = split_rows((tokens, given), rows)
         live, scales = list(loras) or [{}] * len(self.towers), np.asarray(lora_scales, np.float32)
         states, projected = self._compiled(
-            list(params), live, scales, tokens, given, clip_skip=clip_skip
+            list(params),
+            live,
+            scales,
+            tokens,
+            given,
+            clip_skip=clip_skip,
+            towers=self.towers,
+            pooled=self.pooled,
         )
         conditioning = {"encoder_hidden_states": states}
         return conditioning if projected is None else conditioning | {"text_embeds": projected}
 
-    def _encode(self, params, loras, scales, tokens, given, clip_skip: int):
-        pairs = zip(params, loras, strict=True)
-        params = [lora.apply(weights, live, scales) for weights, live in pairs]
-        states, projection = encode_text(self.towers, params, tokens, clip_skip, self.pooled)
-        states = jnp.where(given[:, None, None], states, jnp.zeros_like(states))
-        if projection is not None:
-            projection = jnp.where(given[:, None], projection, jnp.zeros_like(projection))
-        return states, projection
+
+def _encode(
+    params, loras, scales, tokens, given, *, clip_skip: int, towers: tuple[Net, ...], pooled: bool
+):
+    pairs = zip(params, loras, strict=True)
+    params = [lora.apply(weights, live, scales) for weights, live in pairs]
+    states, projection = encode_text(towers, params, tokens, clip_skip, pooled)
+    states = jnp.where(given[:, None, None], states, jnp.zeros_like(states))
+    if projection is not None:
+        projection = jnp.where(given[:, None], projection, jnp.zeros_like(projection))
+    return states, projection
 
 
 def encode_text(

@@ -80,7 +80,7 @@ class Networks(Compiled):
         params, downscale = self.params["vae"], self._downscale
 
         def encode(x: np.ndarray) -> jax.Array:
-            return self._compiled_encode(params, x)
+            return self._compiled_encode(params, x, vae=self.vae, split=self.rows)
 
         if self.vae_tile:
             latents = tiled(encode, pictures, self.vae_tile * downscale, 1 / downscale)
@@ -191,6 +191,9 @@ class Networks(Compiled):
                 schedule=self.schedule.for_run(),
                 sampler=name,
                 ways=ways,
+                unet=self.unet,
+                nets=tuple(component.net for component in self.controlnets),
+                split=self.rows,
             )
 
         if callback is None:
@@ -236,7 +239,15 @@ class Networks(Compiled):
         lora_scales = _one_or_each(self.lora_scales, len(self.loras), "lora_scales")
         params, loras = self.params["unet"], self._live["unet"]
         return self._compiled_predict(
-            params, loras, lora_scales, conditions, scales, latents, np.float32(t)
+            params,
+            loras,
+            lora_scales,
+            conditions,
+            scales,
+            latents,
+            np.float32(t),
+            unet=self.unet,
+            split=self.rows,
         )
 
     def _chain(
@@ -296,11 +307,11 @@ class Networks(Compiled):
         """As `decode_pixels`, but of an array that need not be there yet, except with tiles."""
         params = self.params["vae"] if self.vae else {}
 
-        def decode(part: Any) -> np.ndarray:
-            return np.asarray(self._compiled_decode(params, part))
+        def decode(part: Any) -> Any:
+            return self._compiled_decode(params, part, vae=self.vae, split=self.rows)
 
         if self.vae is None or not self.vae_tile:
-            return self._compiled_decode(params, latents)
+            return decode(latents)
         return tiled(decode, np.asarray(latents), self.vae_tile, self._downscale)
 
 

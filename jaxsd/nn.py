@@ -112,7 +112,7 @@ class Conv2d(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         weight = weight_at_work(self.weight, x)
-        how = {"whole": _remat.get() == "selective", "gradient": for_gradients()}
+        how = {"whole": remat() == "selective", "gradient": for_gradients()}
         return kernels.convolution(x, weight, bias, self.stride, self.padding, **how)
 
 
@@ -253,9 +253,14 @@ def rematerialise(mode: str):
         _remat.reset(token)
 
 
+def remat() -> str | None:
+    """The mode of `rematerialise`; None outside of it."""
+    return _remat.get()
+
+
 def for_gradients() -> bool:
     """Whether this is traced for a training, inside of `rematerialise`."""
-    return _remat.get() is not None
+    return remat() is not None
 
 
 def block(call: Callable) -> Callable:
@@ -263,7 +268,7 @@ def block(call: Callable) -> Callable:
 
     @functools.wraps(call)
     def marked(*arguments: Any) -> Any:
-        policy = _REMAT[_remat.get() or "none"]
+        policy = _REMAT[remat() or "none"]
         if policy is None:
             return call(*arguments)
         # A function of nothing, anew each time: jax.checkpoint remembers what it has traced, and

@@ -4,9 +4,8 @@ pipe = jaxsd.load("digits")
 images = pipe(["a red seven on a white background"], seeds=[0], steps=30)
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -24,7 +23,6 @@ from jaxsd.errors import JaxsdError
 from jaxsd.families import size_unit
 from jaxsd.hub import find
 from jaxsd.networks import Callback, Networks
-from jaxsd.nn import Params
 from jaxsd.pictures import Picture, Pictures
 from jaxsd.shortcuts import Shortcuts
 
@@ -249,30 +247,6 @@ class Pipeline(Networks):
         if "force_zeros_for_empty_prompt" in index:
             index["force_zeros_for_empty_prompt"] = self.zero_empty_prompt
         save_parts(Parts(self.components, self.schedule, self.tokenizers, index), folder, dtype)
-
-
-class Lending:
-    """One pipeline for parameters that come again and again, changed: its programs stay compiled.
-
-    make(params): a pipeline, of the same networks each time.
-    """
-
-    def __init__(self, make: Callable[[Params], Pipeline]):
-        self._make = make
-        self._pipe: Pipeline | None = None
-
-    @contextlib.contextmanager
-    def __call__(self, params: Params) -> Iterator[Pipeline]:
-        """The pipeline, with these parameters; it keeps nothing of them afterwards."""
-        new = self._make(params)
-        pipe = self._pipe = self._pipe or new
-        parts = dict(new.components)
-        pipe.components.update(parts)
-        try:
-            yield pipe
-        finally:
-            without = {n: dataclasses.replace(part, params={}) for n, part in parts.items()}
-            pipe.components.update(without)
 
 
 def _rows_like(

@@ -21,6 +21,7 @@ from jax import export
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsd import kernels, nn
 from jaxsd.custom_calls import KERNELS, custom_calls
 from jaxsd.errors import JaxsdError
 from jaxsd.facts import Facts, differences, plain
@@ -65,12 +66,17 @@ class Programs:
         function: Callable,
         static_argnames: Sequence[str] = (),
         compiler_options: Callable[[], Mapping[str, Any]] = dict,
+        of: Sequence[str] = (),
     ) -> "Part":
         """As `jax.jit`, for a part of the model; static arguments are named, others are not.
 
-        compiler_options: asked when the part is first called, for they may depend on the backend.
+        function: of its arguments alone, for models share what was traced of it, and it is kept
+        for good (what it was compiled to until `jax.clear_caches()`).
+        compiler_options: asked when the function is first called, and again for another platform.
+        of: those static arguments that are the model's own, such as its networks, which a folder of
+        programs names once for all.
         """
-        return Part(self, name, function, static_argnames, compiler_options)
+        return Part(self, name, function, static_argnames, compiler_options, of)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Program]]:
@@ -95,7 +101,7 @@ class Programs:
         """The program for a call; None to trace as ever. JaxsdError if it was not made ahead."""
         if self._recorded is None and self._read is None:
             return None
-        inputs, settled = part.describe(args), {n: plain(value) for n, value in static.items()}
+        inputs, settled = part.describe(args), part.settled(static)
         made = self._recorded if self._recorded is not None else self._read or ()
         alike = [program for program in made if program.name == part.name]
         for program in alike:
@@ -157,34 +163,31 @@ class Part:
         function: Callable,
         static_argnames: Sequence[str],
         compiler_options: Callable[[], Mapping[str, Any]],
+        of: Sequence[str],
     ):
         self.programs, self.name, self._function = programs, name, function
-        self._static, self._ask = static_argnames, compiler_options
+        self._static, self._ask, self._of = (*static_argnames, *of), compiler_options, of
         self._made: dict[str, Callable] = {}
         self._names = [*inspect.signature(function).parameters]
 
-    @functools.cached_property
-    def _options(self) -> dict[str, Any]:
-        return dict(self._ask())
-
-    @functools.cached_property
+    @property
     def traced(self) -> Callable:
-        return jax.jit(self._function, static_argnames=self._static, compiler_options=self._options)
+        """What `jax.jit` made of the function, as it would be traced here and now."""
+        return self._shared(self._ask)
 
-    @functools.cached_property
-    def _inside(self) -> Callable:
-        """Part of a caller's program, which alone may have compiler options."""
-        return jax.jit(self._function, static_argnames=self._static)
+    def _shared(self, compiler_options: Callable[[], Mapping[str, Any]]) -> Callable:
+        return _shared(self._function, self._static, compiler_options, kernels.told(), nn.remat())
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         program, leaves = self.programs.find(self, args, static), jax.tree.leaves(args)
         inside = _in_a_program(leaves)
         if program is None:
-            return (self._inside if inside else self.traced)(*args, **static)
+            # Inside of a caller's program, which alone may have compiler options
+            return (self._shared(dict) if inside else self.traced)(*args, **static)
         if inside:
             return program.call(*leaves)
         if program.file not in self._made:
-            self._made[program.file] = jax.jit(program.call, compiler_options=self._options)
+            self._made[program.file] = jax.jit(program.call, compiler_options=dict(self._ask()))
         return self._made[program.file](*_together(leaves))
 
     def describe(self, args: tuple) -> dict[str, str]:
@@ -195,6 +198,10 @@ class Part:
             [*named][path[0].idx] + jax.tree_util.keystr(path[1:]): _kind(leaf)
             for path, leaf in leaves
         }
+
+    def settled(self, static: Facts) -> dict[str, Any]:
+        """Static arguments as a file holds them, without what is the model's own."""
+        return {name: plain(value) for name, value in static.items() if name not in self._of}
 
     def exported(self, args: tuple, static: Facts) -> bytes:
         """The program for these arguments, as it is kept."""
@@ -211,6 +218,23 @@ class Part:
         ]
         with _without_paths():
             return bytes(export.export(jax.jit(flat), disabled_checks=allowed)(*shapes).serialize())
+
+
+@functools.cache
+def _shared(
+    function: Callable,
+    static: tuple[str, ...],
+    compiler_options: Callable[[], Mapping[str, Any]],
+    target: kernels.Target | None,
+    remat: str | None,
+) -> Callable:
+    """`jax.jit` of a function, one for all who ask where `target` and `remat` hold.
+
+    Networks read both while they are traced.
+    """
+    # A new object for each: JAX would find by the function itself what was traced where others held
+    own = functools.partial(function)
+    return jax.jit(own, static_argnames=static, compiler_options=dict(compiler_options()))
 
 
 def save(

@@ -59,6 +59,14 @@ def pytest_collection_finish():
 
 
 @pytest.fixture
+def untraced():
+    """Models share what was traced of their networks, but not with the tests before this one."""
+    from jaxsd import programs  # after the hook
+
+    programs._shared.cache_clear()
+
+
+@pytest.fixture
 def tpus(monkeypatch):
     """Gives the chips of a topology, "v5e:2x4" say, to compile for: they need not be there."""
     if importlib.util.find_spec("libtpu") is None:

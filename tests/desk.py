@@ -14,8 +14,7 @@ from PIL import Image
 
 from jaxsd.components import Component, make_net, save_component
 from jaxsd.diffusion.schedule import Schedule
-from jaxsd.models import ControlNetConfig, TinyVAEConfig, UNet
-from jaxsd.nn import Net
+from jaxsd.models import ControlNetConfig, TinyVAEConfig
 from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import train_tokenizer
 from jaxsd.weights import edits, embeddings, lora_files
@@ -36,7 +35,7 @@ def pipeline(words, xl: bool = False, **changes) -> Pipeline:
     towers = tiny.xl_towers(words) if xl else tiny.towers(words, max_position_embeddings=77)
     changes |= {"mid_block_type": "UNetMidBlock2DCrossAttn", **(tiny.XL_CHANGES if xl else {})}
     config = dataclasses.replace(tiny.LATENT_UNET, **changes)
-    unet = Net(UNet(config))
+    unet = make_net(config)
     schedule = Schedule(prediction_type="v_prediction", clip_sample=False, steps_offset=1)
     parts = {**towers.components, **towers.tokenizers}
     return Pipeline(Component(unet, tiny.parameters(unet)), schedule, **parts, zero_empty_prompt=xl)

@@ -1,5 +1,6 @@
 """Configs from files that lie: absurd numbers and wrong types end in one line, and at once."""
 
+import copy
 import json
 import math
 import random
@@ -89,6 +90,15 @@ def test_the_largest_that_is_accepted_is_built_in_seconds():
     assert time.process_time() - start < 10
     with pytest.raises(JaxsdError, match="transformer_layers_per_block: over 40"):
         read_config(values | {"transformer_layers_per_block": 5}, "unet")
+
+
+def test_lists_do_for_tuples():
+    """In code, where no types are checked; what is traced of a network is found by its config."""
+    config = copy.copy(tiny.LATENT_UNET)
+    object.__setattr__(config, "block_out_channels", list(config.block_out_channels))
+    config.__post_init__()
+    assert config == tiny.LATENT_UNET and hash(config) == hash(tiny.LATENT_UNET)
+    assert make_net(config) is make_net(tiny.LATENT_UNET)
 
 
 def test_every_component_is_tried():

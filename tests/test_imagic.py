@@ -168,12 +168,17 @@ def test_many_pictures_with_the_same_programs(plain, picture):
     known = {"learning_rate": 3e-3, "warmup_steps": 0, "decay": "constant", "ema_decay": 0.0}
     options = Options(3, batch_size=8, **known)
     editor = Editor(pipe, options, options, rank=2)
-    (first, errors), _, (again, same) = (editor(picture, p) for p in (PROMPT, OTHER, PROMPT))
+    (first, errors), (other, _), (again, same) = (
+        editor(picture, prompt) for prompt in (PROMPT, OTHER, PROMPT)
+    )
     assert errors == same and errors.before > errors.embedding > errors.tuning
     np.testing.assert_array_equal(
         *(e.edit.optimised["encoder_hidden_states"] for e in (first, again))
     )
-    assert first.pipe is again.pipe and all(pipe.params["unet"][n] is p for n, p in before.items())
+    assert all(pipe.params["unet"][n] is p for n, p in before.items())
+    drawn = [imagic.sample(e, 1.0, 4, **QUICK) for e in (first, again, other)]  # each its own
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
     assert [training._step._cache_size() for training in editor._trainings[8, 8]] == [1, 1]
 
 

@@ -1,5 +1,8 @@
 """What is measured on the way: always of the same held-out examples, with the same noise."""
 
+import logging
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,14 +118,15 @@ def scans():
     return held_out.of_elements(elements(24, 1, label=np.arange(24) % 10), 20, 8)
 
 
-def test_drawn_pictures_are_measured_against_held_out_ones(scans):
+def test_drawn_pictures_are_measured_against_held_out_ones(scans, caplog, untraced):
     objective = tiny.ddpm()
     params = tiny.parameters(objective.net)
     made, judge = [], features.digit_judge()
 
     def make_pipeline(params):
-        made.append(objective.pipeline(params))
-        return made[-1]
+        pipe = objective.pipeline(params)
+        made.append(weakref.ref(pipe))
+        return pipe
 
     def measures():
         return samples.Measures(judge, samples.reference(scans.pictures, judge))
@@ -149,10 +153,11 @@ def test_drawn_pictures_are_measured_against_held_out_ones(scans):
     assert {k: v for k, v in measure(params, 2).items() if k != "grid"} == {
         k: v for k, v in found.items() if k != "grid"
     }
-    other = measure({name: 0.5 * value for name, value in params.items()}, 3)
-    assert other["fd"] != found["fd"]
-    assert made[0]._compiled_denoise.traced._cache_size() == 1
-    assert made[0].params == {"unet": {}}  # no copies are kept meanwhile
+    others = {name: 0.5 * value for name, value in params.items()}
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        assert measure(others, 3)["fd"] != found["fd"]
+    assert not [r for r in caplog.records if "Compiling" in r.getMessage()]
+    assert [pipe() for pipe in made] == [None] * 3  # no copies are kept meanwhile
 
 
 def test_pictures_that_diverged_are_no_numbers(scans):

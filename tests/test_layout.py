@@ -60,7 +60,7 @@ ALLOWED = {
     "memory": (),
     "custom_calls": ("errors",),
     "facts": (),
-    "programs": ("custom_calls", "errors", "facts", "weights"),
+    "programs": ("custom_calls", "errors", "facts", "kernels", "nn", "weights"),
     "conversion": ("components", "errors", "hub", "vocabulary", "weights"),
     "conditioning": ("errors", "models", "nn", "programs", "sharding", "tokenizer", "weights"),
     "shortcuts": ("diffusion", "errors", "models", "nn"),

@@ -1,8 +1,12 @@
 """Programs made ahead of time: the same pictures, nothing traced, and refused where they differ."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,11 +18,13 @@ from jax import export
 from PIL import Image
 from refusals import refused
 
-from jaxsd import ahead, facts, kernels, previews, programs, sharding
+from jaxsd import ahead, facts, kernels, nn, previews, programs, sharding
 from jaxsd.cli import run_command
 from jaxsd.cli.sample import Options
 from jaxsd.cli.sampling import model
 from jaxsd.compilation_cache import prune, use_compilation_cache
+from jaxsd.components import Component, make_net
+from jaxsd.pipeline import Pipeline
 from jaxsd.weights.lora import Layer, LoRA
 
 PROMPTS = ["a red seven", "nine"]
@@ -45,19 +51,81 @@ def ready(words, folder, **changes):
 
 
 def traced(pipe) -> list[int]:
-    """How many times the parts of sampling were traced."""
+    """How many kinds of arguments the parts of sampling know, of this model and others."""
     parts = (pipe._compiled_denoise, pipe._compiled_decode, pipe._compiled_encode)
     return [part.traced._cache_size() for part in (*parts, pipe._text._compiled)]
 
 
-def test_pictures_are_the_same_and_nothing_is_traced(words, folder):
-    pipe, usual = ready(words, folder), tiny.pipeline(words)
+def test_pictures_are_the_same_and_nothing_is_traced(words, folder, untraced):
     white = np.full((8, 8, 3), 255, np.uint8)
-    for options in ({"steps": 3}, {"steps": 5, "image": white}, {"guidance_scale": 2.0}):
-        pair = [each.sample(PROMPTS, [5, 6], **options) for each in (pipe, usual)]
+    asked = ({"steps": 3}, {"steps": 5, "image": white}, {"guidance_scale": 2.0})
+    drawn = []
+    for pipe, count in ((ready(words, folder), 0), (tiny.pipeline(words), 1)):
+        latents = [pipe.sample(PROMPTS, [5, 6], **options) for options in asked]
+        drawn.append([*latents, pipe.decode_array(latents[-1])])
+        assert traced(pipe) == [count] * 4
+    for pair in zip(*drawn, strict=True):
         np.testing.assert_array_equal(*pair)
-    assert pipe.decode(pair[0])[1].tobytes() == usual.decode(pair[1])[1].tobytes()
-    assert traced(pipe) == [0, 0, 0, 0] and traced(usual) == [1, 1, 1, 1]
+
+
+def test_models_of_the_same_networks_share_what_was_traced(words, untraced):
+    def draw(pipe: Pipeline) -> np.ndarray:
+        image = np.full((8, 8, 3), 255, np.uint8)
+        return pipe.decode_pixels(pipe.sample(PROMPTS, [5, 6], steps=2, image=image))
+
+    pipes = [tiny.pipeline(words) for _ in range(2)]
+    others = {n: p + np.float32(0.1) for n, p in pipes[1].params["unet"].items()}
+    pipes[1].components["unet"] = Component(pipes[1].unet, others)
+    with _traces() as first:
+        one = draw(pipes[0])
+    with _traces() as second:
+        assert not np.array_equal(one, draw(pipes[1]))
+    assert first and not second and traced(pipes[0]) == [1, 1, 1, 1]
+    # Other networks do not: what was traced for these would be wrong there
+    config = dataclasses.replace(pipes[1].unet.config, norm_eps=0.5)
+    pipes[1].components["unet"] = Component(make_net(config), pipes[0].params["unet"])
+    assert not np.array_equal(one, draw(pipes[1]))
+    assert traced(pipes[0]) == [2, 1, 1, 1]
+    # Nor do other platforms, gradients or devices
+    for context in (kernels.compiling_for("any"), nn.rematerialise("full")):
+        with context:
+            draw(pipes[0])
+            assert traced(pipes[0]) == [1, 1, 1, 1]
+    for devices in (jax.devices()[:2], jax.devices()[2:4]):
+        pipes[0].spread(sharding.make_mesh(devices=devices))
+        with _traces() as found:
+            draw(pipes[0])
+        assert {"_loop", "_encode", "_decode"} <= {*found}
+
+
+def test_a_model_that_nobody_holds_is_gone_at_once(words):
+    """With its weights: trainings make one for each preview."""
+    pipe = tiny.pipeline(words)
+    pipe(PROMPTS, [5, 6], steps=2)
+    parts = [pipe, *(array for params in pipe.params.values() for array in params.values())]
+    gone = [weakref.ref(part) for part in parts]
+    gc.disable()
+    try:
+        del pipe, parts
+        assert not any(ref() is not None for ref in gone)
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
+def _traces() -> Iterator[list[str]]:
+    """What is traced inside."""
+    found = []
+
+    def listen(event: str, _: float, **known) -> None:
+        if event == "/jax/core/compile/jaxpr_trace_duration":
+            found.append(str(known.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_callback_runs_the_same_programs(words, folder):
@@ -103,7 +171,8 @@ def test_compiler_options_are_asked_for_at_the_first_call():
     with kernels.compiling_for("any"):
         part(np.float32(1))
     part(np.float32(2))
-    assert asked == ["any"]
+    part(np.float32(3))
+    assert asked == ["any", kernels.platform()]
 
 
 def test_a_linear_preview_beside_programs(words, folder):
@@ -166,7 +235,8 @@ def test_a_part_that_was_not_compiled_is_named(words, tmp_path):
 
 def test_another_model_dtype_or_machine_is_refused(words, folder, monkeypatch):
     pipe = tiny.pipeline(words)
-    pipe.components["unet"].net.config = dataclasses.replace(tiny.LATENT_UNET, norm_eps=1e-3)
+    config = dataclasses.replace(tiny.LATENT_UNET, norm_eps=1e-3)
+    pipe.components["unet"] = Component(make_net(config), pipe.params["unet"])
     said = refused(pipe.programs.read, folder, pipe.compiled_for)
     assert "unet.norm_eps 1e-05" in said and "0.001" in said and "jaxsd compile" in said
 

@@ -130,7 +130,7 @@ def test_frames_are_spread_over_the_steps(digits, student):
     assert student.frames_at(student.request("7")) == [0, 1, 2]
 
 
-def test_values_compile_nothing_new(digits):
+def test_values_compile_nothing_new(digits, untraced):
     """What `kind` lets share a batch, and steps and strength besides, is one program."""
     digits.warm_up()
     forms = [

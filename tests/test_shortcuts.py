@@ -91,7 +91,7 @@ def test_one_pass_where_there_is_no_guidance(pipe):
     assert sorted(set(rows)) == [3, 6]
 
 
-def test_moving_what_is_a_value_compiles_nothing(pipe):
+def test_moving_what_is_a_value_compiles_nothing(pipe, untraced):
     latents(pipe, Shortcuts((0.3, 3.0), 2))
     with compilations() as count:
         for interval, every, steps in (((0.0, 1.0), 2, 6), (ALL, 3, 6), (NONE, 5, 9)):

@@ -22,7 +22,7 @@ from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import GuidanceClipped, JaxsdError
 from jaxsd.evaluation.judge import judges
 from jaxsd.families import FAMILIES
-from jaxsd.models import UNet, UNetConfig, guidance_scale_embedding
+from jaxsd.models import UNetConfig, guidance_scale_embedding
 from jaxsd.networks import Start
 from jaxsd.pipeline import Pipeline
 
@@ -74,7 +74,7 @@ def test_without_a_range_any_scale_is_told(student):
     """As in a checkpoint of LCM, which says nothing of the scales it was taught."""
     unet = dataclasses.replace(student.unet.config, guidance_range=None)
     pipe = Pipeline(
-        component(UNet(unet), 0),
+        component(unet, 0),
         student.schedule,
         **{name: student.components[name] for name in ("vae", "text_encoder")},
         tokenizer=student.tokenizer,
@@ -150,7 +150,7 @@ def test_a_student_is_sampled_as_it_was_made_for(student):
 
 
 def test_other_models_take_thirty_steps():
-    pipe = Pipeline(component(UNet(tiny.PIXEL_UNET), 3), Schedule(beta_schedule="cosine"))
+    pipe = Pipeline(component(tiny.PIXEL_UNET, 3), Schedule(beta_schedule="cosine"))
     assert (pipe.default_steps, pipe.default_guidance_scale) == (30, 7.5)
     seen = []
     pipe("7", callback=lambda i, t, x: seen.append(i))
@@ -238,7 +238,7 @@ def test_strength_decides_which_steps_are_taken(student, strength, taken):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "lcm"])
-def test_a_student_starts_from_a_picture(student, sampler):
+def test_a_student_starts_from_a_picture(student, sampler, untraced):
     clean = student.encode_pictures(PICTURE[None] / np.float32(127.5) - 1)
     if sampler == "ddim":  # LCM leaves it at once, in its first jump
         cond, distances = student.encode([PROMPT]), []

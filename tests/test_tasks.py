@@ -15,13 +15,8 @@ from jaxsd.data import digits
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
 from jaxsd.models import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    CLIPTextModel,
-    ControlNet,
     ControlNetConfig,
     TinyVAEConfig,
-    UNet,
 )
 from jaxsd.networks import Start
 from jaxsd.pipeline import Pipeline
@@ -42,10 +37,10 @@ def words(tmp_path_factory):
 
 def make(words, **changes) -> Pipeline:
     return Pipeline(
-        unet=component(UNet(dataclasses.replace(tiny.LATENT_UNET, **changes)), 0),
+        unet=component(dataclasses.replace(tiny.LATENT_UNET, **changes), 0),
         schedule=Schedule(prediction_type="v_prediction", clip_sample=False),
-        vae=component(AutoencoderKL(tiny.VAE_CONFIG), 1),
-        text_encoder=component(CLIPTextModel(tiny.TEXT), 2),
+        vae=component(tiny.VAE_CONFIG, 1),
+        text_encoder=component(tiny.TEXT, 2),
         tokenizer=words,
     )
 
@@ -123,7 +118,7 @@ def test_what_the_mask_protects_stays(pipe):
         assert np.abs(out[:, :, 2:] - clean[:, :, 2:]).max() > 0.1
 
 
-def test_values_compile_nothing(pipe):
+def test_values_compile_nothing(pipe, untraced):
     call = CALL | {"image": PICTURE, "mask": MASK, "strength": 0.7, "steps": 5}
     pipe(**call)
     with compilations() as count:
@@ -276,7 +271,7 @@ def test_requests_that_cannot_be(pipe, wrong, said):
 
 
 def test_a_pixel_model_starts_from_grey_pictures():
-    pipe = Pipeline(component(UNet(tiny.PIXEL_UNET), 3), Schedule(beta_schedule="cosine"))
+    pipe = Pipeline(component(tiny.PIXEL_UNET, 3), Schedule(beta_schedule="cosine"))
     (image,) = pipe("7", image=PICTURE, strength=0.5, steps=4)
     assert image.size == (8, 8) and image.mode == "L"
     assert "for text" in refused(pipe, "7", clip_skip=1)
@@ -290,7 +285,7 @@ def test_a_tiny_vae_will_do(pipe, words):
         num_decoder_blocks=(1, 1),
     )
     small = make(words)
-    small.components["vae"] = component(AutoencoderTiny(config), 7)
+    small.components["vae"] = component(config, 7)
     assert pixels(small, image=PICTURE).shape == (1, 8, 8, 3)
 
 
@@ -303,8 +298,8 @@ def test_a_tiny_vae_will_do(pipe, words):
     ],
 )
 def test_a_controlnet_for_another_model(pipe, change, said):
-    other = component(ControlNet(control_config(**change)), 5)
-    unet = component(UNet(WITH_MIDDLE), 0)
+    other = component(control_config(**change), 5)
+    unet = component(WITH_MIDDLE, 0)
     with pytest.raises(JaxsdError, match=said):
         Pipeline(unet, pipe.schedule, controlnets=[other], **whats_left(pipe))
 
@@ -327,8 +322,8 @@ def whats_left(pipe) -> dict:
 
 def test_a_controlnet_beside_an_inpainting_model(pipe):
     """It is given the latents without the mask, and its picture counts."""
-    net = component(ControlNet(control_config()), 5)
-    unet = component(UNet(WITH_MIDDLE), 0)
+    net = component(control_config(), 5)
+    unet = component(WITH_MIDDLE, 0)
     pipe = Pipeline(unet, pipe.schedule, controlnets=[net], **whats_left(pipe))
     call = CALL | {"image": PICTURE, "mask": MASK}
     one, other = (pixels(pipe, **call, control_images=p) for p in (PICTURE, PICTURE[::-1]))

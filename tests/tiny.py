@@ -8,17 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxsd.components import Component
+from jaxsd.components import Component, make_net
 from jaxsd.data import digits
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.models import (
-    AutoencoderKL,
     CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
     CLIPTextProjectionConfig,
     CLIPVisionConfig,
-    UNet,
     UNetConfig,
     VAEConfig,
 )
@@ -134,7 +130,7 @@ def clip(words: Tokenizer) -> CLIP:
 def towers(words: Tokenizer, **changes) -> Towers:
     known = {"vocab_size": len(words), "eos_token_id": words.eos_token_id}
     text = dataclasses.replace(TEXT, **known | changes)
-    vae, tower = Net(AutoencoderKL(VAE_CONFIG)), Net(CLIPTextModel(text))
+    vae, tower = make_net(VAE_CONFIG), make_net(text)
     components = {
         "vae": Component(vae, parameters(vae)),
         "text_encoder": Component(tower, parameters(tower)),
@@ -147,7 +143,7 @@ def xl_towers(words: Tokenizer) -> Towers:
     first = towers(words, num_hidden_layers=2)  # of which the last is not read
     text = first.nets["text_encoder"].config
     config = CLIPTextProjectionConfig(**{**vars(text), "hidden_size": 16, "projection_dim": 6})
-    net = Net(CLIPTextModelWithProjection(config))
+    net = make_net(config)
     components = first.components | {"text_encoder_2": Component(net, parameters(net, 1))}
     return Towers(components, {"tokenizer": words, "tokenizer_2": words})
 
@@ -155,7 +151,7 @@ def xl_towers(words: Tokenizer) -> Towers:
 def pipeline(words: Tokenizer, xl: bool = False) -> Pipeline:
     """A model that draws, of Stable Diffusion's parts or of XL's."""
     parts = xl_towers(words) if xl else towers(words)
-    unet = Net(UNet(dataclasses.replace(LATENT_UNET, **(XL_CHANGES if xl else {}))))
+    unet = make_net(dataclasses.replace(LATENT_UNET, **(XL_CHANGES if xl else {})))
     return Pipeline(
         Component(unet, parameters(unet)),
         Schedule(prediction_type="v_prediction", clip_sample=False),

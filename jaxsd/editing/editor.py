@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd import training
-from jaxsd.components import Component
 from jaxsd.editing.imagic import Edited, latents_of, prepare
 from jaxsd.nn import Params
 from jaxsd.objectives.imagic import (
@@ -46,8 +45,7 @@ class Editor:
     embedding, tuning: options of the two trainings, whose seeds are those of every picture. rank:
     of low-rank factors (LoRA) to tune in place of the UNet; 0 for the whole.
 
-    `pipe` stays as it is. All edits share another pipeline, so that its programs stay compiled: it
-    draws the newest edit alone.
+    `pipe` stays as it is, and each edit holds a UNet of its own (with a rank too).
     """
 
     def __init__(
@@ -64,7 +62,6 @@ class Editor:
         self.pipe, self._options, self._clip_skip = pipe, (embedding, tuning), clip_skip
         self._factors = (rank, float(alpha or rank), targets) if rank else None
         self._trainings: dict[tuple[int, int], tuple[_Training, _Training]] = {}
-        self._drawer: Pipeline | None = None
 
     def __call__(self, picture: Picture, prompt: str) -> tuple[Edited, Errors]:
         """The edit of a picture, and how near the model came to it.
@@ -85,7 +82,7 @@ class Editor:
         after = second.error(tuned, aux, latents)
         unet = second.objective.whole(tuned) if self._factors else tuned
         edit = dataclasses.replace(edit, optimised=on_host(found))
-        return Edited(self._lend(unet), edit), Errors(before, middle, after)
+        return Edited(with_unet(self.pipe, unet), edit), Errors(before, middle, after)
 
     def _compile(self, edit: Edit) -> "tuple[_Training, _Training]":
         tuning: Any = Tuning(self.pipe, edit, dtype=self._options[1].dtype)
@@ -94,12 +91,6 @@ class Editor:
             tuning = LowRank(tuning, base, *self._factors, dtype=dtype)
         embedding = Embedding(self.pipe, edit, dtype=self._options[0].dtype)
         return _Training(embedding, self._options[0]), _Training(tuning, self._options[1])
-
-    def _lend(self, unet: Params) -> Pipeline:
-        if self._drawer is None:
-            self._drawer = with_unet(self.pipe, unet)
-        self._drawer.components["unet"] = Component(self.pipe.unet, unet)
-        return self._drawer
 
 
 def _with_told(aux: Any, told: Params) -> Any:

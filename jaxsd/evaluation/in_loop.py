@@ -23,7 +23,7 @@ from jaxsd.evaluation.samples import Measures
 from jaxsd.evaluation.statistics import Running, distances
 from jaxsd.nn import Net, Params
 from jaxsd.pictures import tile, to_uint8
-from jaxsd.pipeline import Lending, Pipeline
+from jaxsd.pipeline import Pipeline
 from jaxsd.sharding import filled
 
 Arrays = dict[str, Any]  # parameters, in jax's or numpy's arrays
@@ -65,18 +65,18 @@ def drawn(
     measures: called once, when it is first needed, since the real pictures' features take a while.
     """
     known: list[Any] = []
-    lent, devices = Lending(make_pipeline), _Devices()
+    devices = _Devices()
     how = dataclasses.replace(how, batch_size=devices.multiple(how.batch_size))
 
     def measure(params: Arrays, step: int) -> dict[str, Any]:
         if not known:
             known.extend([cycled(held_out.prompts(), how.count), measures()])
         prompts, by = known
-        with lent(devices.place(params)) as pipe:  # copies on all devices, no longer than this
-            try:
-                found, pictures = samples.measure(pipe, prompts, how, by, devices.split)
-            except Diverged:  # which the loop deals with, if it lasts
-                return by.unknown()
+        pipe = make_pipeline(devices.place(params))
+        try:
+            found, pictures = samples.measure(pipe, prompts, how, by, devices.split)
+        except Diverged:  # which the loop deals with, if it lasts
+            return by.unknown()
         return found | {"grid": tile(pictures)}
 
     return measure

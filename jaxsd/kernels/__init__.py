@@ -47,9 +47,14 @@ class Target(NamedTuple):
 _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 
 
+def told() -> Target | None:
+    """What `compiling_for` says; None outside of it."""
+    return _target.get()
+
+
 def target() -> Target:
     """What the program being traced is for: JAX's default backend unless `compiling_for` says."""
-    return _target.get() or Target(jax.default_backend())
+    return told() or Target(jax.default_backend())
 
 
 def platform() -> str:
@@ -77,7 +82,7 @@ def _for_tpus() -> bool:
 
     Where it may be for several chips, and not known how, XLA can divide its own operations only.
     """
-    return platform() == "tpu" and (_target.get() is not None or jax.device_count() == 1)
+    return platform() == "tpu" and (told() is not None or jax.device_count() == 1)
 
 
 def _in_rows_alone() -> bool:

@@ -109,6 +109,9 @@ class NetworkConfig(Config):
     def __post_init__(self):
         for field in dataclasses.fields(self):  # pyright: ignore
             value = getattr(self, field.name)
+            if isinstance(value, list):  # as JSON has them; a config is hashable
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
             values = value if isinstance(value, tuple) else (value,)
             if not 1 <= len(values) <= MOST_BLOCKS:
                 raise ValueError(f"{field.name} has {len(values)} entries, not 1 to {MOST_BLOCKS}")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsd import weights
-from jaxsd.components import save_component
+from jaxsd.components import make_net, save_component
 from jaxsd.errors import JaxsdError
-from jaxsd.models import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
+from jaxsd.models import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from jaxsd.models.config import short
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch, Now
@@ -141,7 +141,7 @@ class CLIP:
 
     def export(self, params: Params, folder: str | Path) -> None:
         folder, params = Path(folder), self.constrain(params)
-        net = Net(CLIPTextModel(self.text))
+        net = make_net(self.text)
         tower = {name: params[name] for name in net.shapes}
         save_component(folder / "text_encoder", net, tower)
         config = {

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsd.components import Component
+from jaxsd.components import Component, make_net
 from jaxsd.diffusion.schedule import Schedule
-from jaxsd.models import UNet, UNet2DConfig, UNetConfig, class_input
-from jaxsd.nn import Net, Params
+from jaxsd.models import UNet2DConfig, UNetConfig, class_input
+from jaxsd.nn import Params
 from jaxsd.objectives import Batch, Now
 from jaxsd.objectives.denoising import (
     Denoising,
@@ -21,7 +21,7 @@ from jaxsd.objectives.denoising import (
     preview,
     with_dropout,
 )
-from jaxsd.pipeline import Lending, Pipeline
+from jaxsd.pipeline import Pipeline
 
 
 @dataclasses.dataclass
@@ -38,9 +38,8 @@ class DDPM:
     initial: Params | None = None
 
     def __post_init__(self):
-        self.net = Net(UNet(self.unet))
+        self.net = make_net(self.unet)
         self.aux: Any = ()
-        self._lent = Lending(self.pipeline)
 
     def init(self, key: jax.Array) -> Params:
         return self.net.init(key) if self.initial is None else self.initial
@@ -85,8 +84,8 @@ class DDPM:
 
     def preview(self, params: Params) -> np.ndarray:
         """Four pictures of each class, without guidance; sixteen where there are no classes."""
-        with self._lent(params) as pipe:
-            return preview(pipe, self.preview_prompts, steps=25, guidance_scale=1.0, sampler="ddim")
+        pipe = self.pipeline(params)
+        return preview(pipe, self.preview_prompts, steps=25, guidance_scale=1.0, sampler="ddim")
 
     def export(self, params: Params, folder: str | Path) -> None:
         self.pipeline(params).save(folder)

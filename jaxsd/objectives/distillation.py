@@ -22,7 +22,7 @@ from jaxsd.models import guidance_scale_embedding
 from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch
 from jaxsd.objectives.denoising import Denoiser, Example, preview, with_dropout
-from jaxsd.pipeline import Lending, Pipeline
+from jaxsd.pipeline import Pipeline
 
 SCALE_CHANNELS = 256  # of the embedded guidance scale, as in LCM (Luo et al. 2023)
 
@@ -109,7 +109,6 @@ class Student:
         self.net: Net = self.base.net
         self.schedule: Schedule = self.base.schedule
         self.aux: Any = {"base": self.base.aux, "teacher": self.teacher.params}
-        self._lent = Lending(self.pipeline)
         if self.guidance is None and (takes_scale(self.net) or takes_scale(self.teacher.net)):
             raise JaxsdError("this network is told the guidance scale: give the range of scales")
         if takes_scale(self.teacher.net) and not takes_scale(self.net):
@@ -168,11 +167,9 @@ class Student:
         """Four pictures of each prompt, in the middle of the scales that it is told."""
         told = self.guidance if takes_scale(self.net) else None
         scale = 1.0 if told is None else sum(told) / 2
-        with self._lent(params) as pipe:
-            prompts = self.base.preview_prompts
-            return preview(
-                pipe, prompts, steps=self.steps, guidance_scale=scale, sampler=self.sampler
-            )
+        pipe = self.pipeline(params)
+        prompts = self.base.preview_prompts
+        return preview(pipe, prompts, steps=self.steps, guidance_scale=scale, sampler=self.sampler)
 
     def export(self, params: Params, folder: str | Path) -> None:
         self.pipeline(params).save(folder)

@@ -20,7 +20,7 @@ from jaxsd.objectives import Batch, Now
 from jaxsd.objectives.denoising import Denoising, denoising_loss, loss_by_bucket
 from jaxsd.objectives.text_to_image import check_trainable
 from jaxsd.pictures import tile
-from jaxsd.pipeline import Lending, Pipeline
+from jaxsd.pipeline import Pipeline
 from jaxsd.towers import Towers
 from jaxsd.weights import edits
 from jaxsd.weights.edits import Edit
@@ -47,7 +47,6 @@ class Stage:
         check(self.pipe)
         config: Any = dataclasses.replace(self.pipe.unet.config, dropout=0.0)
         self.net: Net = make_net(config)
-        self._lent = Lending(self.pipeline)
         ids = self.pipe.size_ids(self.edit.size)
         self._sizes = {} if ids is None else {"time_ids": jnp.asarray([ids], jnp.float32)}
         self.aux: Any = self._aux()
@@ -85,11 +84,11 @@ class Stage:
         if self.picture is None:
             return None
         unet, told = self.asked(params, self.aux)
-        with self._lent(unet) as pipe:
-            noise = pipe.noise(range(PREVIEWS), *self.edit.size)
-            cond = {n: jnp.repeat(jnp.asarray(v), PREVIEWS, 0) for n, v in told.items()}
-            latents = pipe.denoise(noise, cond, None, steps=20, guidance_scale=1.0, sampler="ddim")
-            drawn = pipe.decode_array(latents)
+        pipe = self.pipeline(unet)
+        noise = pipe.noise(range(PREVIEWS), *self.edit.size)
+        cond = {n: jnp.repeat(jnp.asarray(v), PREVIEWS, 0) for n, v in told.items()}
+        latents = pipe.denoise(noise, cond, None, steps=20, guidance_scale=1.0, sampler="ddim")
+        drawn = pipe.decode_array(latents)
         return tile([self.picture, *drawn], 1 + PREVIEWS)
 
 

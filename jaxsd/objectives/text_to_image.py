@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxsd.components import Component
+from jaxsd.components import Component, make_net
 from jaxsd.conditioning import Sizes
 from jaxsd.diffusion.schedule import Schedule
 from jaxsd.errors import JaxsdError
-from jaxsd.models import UNet, UNet2DConfig, UNetConfig
-from jaxsd.nn import Net, Params
+from jaxsd.models import UNet2DConfig, UNetConfig
+from jaxsd.nn import Params
 from jaxsd.objectives import Batch, Now
 from jaxsd.objectives.denoising import (
     Denoising,
@@ -25,7 +25,7 @@ from jaxsd.objectives.denoising import (
     preview,
     with_dropout,
 )
-from jaxsd.pipeline import Lending, Pipeline
+from jaxsd.pipeline import Pipeline
 from jaxsd.towers import Towers
 
 Told = dict[str, jax.Array]
@@ -60,8 +60,7 @@ class TextToImage:
     initial: Params | None = None
 
     def __post_init__(self):
-        self.net = Net(UNet(self.unet))
-        self._lent = Lending(self.pipeline)
+        self.net = make_net(self.unet)
         check_trainable(self.unet, self.towers)
         if self.cached and self.train_text:
             raise JaxsdError("text encoders are trained from pictures: no gradient leads through a "
@@ -170,9 +169,9 @@ class TextToImage:
 
     def preview(self, params: Params) -> np.ndarray:
         """Four seeds of each preview prompt, at guidance 3."""
-        with self._lent(params) as pipe:
-            prompts = self.preview_prompts
-            return preview(pipe, prompts, steps=20, guidance_scale=3.0, sampler="ddim")
+        pipe = self.pipeline(params)
+        prompts = self.preview_prompts
+        return preview(pipe, prompts, steps=20, guidance_scale=3.0, sampler="ddim")
 
     def export(self, params: Params, folder: str | Path) -> None:
         self.pipeline(params).save(folder)

@@ -18,7 +18,7 @@ from jaxsd.nn import Net, Params
 from jaxsd.objectives import Batch, Now
 from jaxsd.objectives.denoising import preview
 from jaxsd.objectives.text_to_image import TextToImage
-from jaxsd.pipeline import Lending, Pipeline
+from jaxsd.pipeline import Pipeline
 from jaxsd.tokenizer import Tokenizer
 from jaxsd.towers import TEXT, Towers
 from jaxsd.weights import embeddings
@@ -61,7 +61,6 @@ class TextualInversion:
         kept = self.base.initial.items()
         unet = {n: v.astype(jnp.dtype(self.dtype)) if v.ndim > 1 else v for n, v in kept}
         self.aux: Any = {"base": self.base.aux, "unet": unet}
-        self._lent = Lending(self.pipeline)
 
     @property
     def net(self) -> Net:
@@ -96,9 +95,9 @@ class TextualInversion:
 
     def preview(self, params: Params) -> np.ndarray:
         """As of `base`."""
-        with self._lent(params) as pipe:
-            prompts = self.base.preview_prompts
-            return preview(pipe, prompts, steps=20, guidance_scale=3.0, sampler="ddim")
+        pipe = self.pipeline(params)
+        prompts = self.base.preview_prompts
+        return preview(pipe, prompts, steps=20, guidance_scale=3.0, sampler="ddim")
 
     def export(self, params: Params, folder: str | Path) -> None:
         """The word in every form that there is for it: diffusers' and A1111's, or XL's."""

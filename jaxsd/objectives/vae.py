@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsd.components import Component, save_component
+from jaxsd.components import Component, make_net, save_component
 from jaxsd.errors import JaxsdError
-from jaxsd.models import AutoencoderKL, VAEConfig
+from jaxsd.models import VAEConfig
 from jaxsd.models.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_loss
 from jaxsd.models.perceptual import SMALLEST
 from jaxsd.nn import Net, Params
@@ -65,7 +65,7 @@ class VAE:
     dtype: str = "float32"  # in which the networks compute, LPIPS apart; losses are float32
 
     def __post_init__(self):
-        self.net = Net(AutoencoderKL(self.vae))
+        self.net = make_net(self.vae)
         self.aux: Any = () if self.perceptual is None else {"perceptual": self.perceptual.params}
         smallest = 1 if self.perceptual is None else SMALLEST
         if self.adversary is not None:
@@ -211,7 +211,7 @@ class VAE:
         config = self.vae
         if not self.keep_scaling_factor:
             config = dataclasses.replace(config, scaling_factor=self.scaling_factor(params))
-        save_component(Path(folder) / "vae", Net(AutoencoderKL(config)), params)
+        save_component(Path(folder) / "vae", make_net(config), params)
 
 
 def _with_gradient(value: jax.Array, at: jax.Array, gradient: jax.Array) -> jax.Array:

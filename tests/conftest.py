@@ -35,7 +35,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker, or the calle
     programs = tempfile.mkdtemp(prefix="jaxsd-tests-")
     atexit.register(shutil.rmtree, programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# What takes less to compile takes as long to write and to read
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax

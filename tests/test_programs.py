@@ -203,7 +203,18 @@ def test_no_chunks_are_refused(words, tmp_path):
         assert "chunks" in refused(ahead.compile_ahead, pipe, tmp_path, chunks=chunks)
 
 
-def test_a_second_start_compiles_nothing(words, folder):
+@pytest.fixture
+def all_kept():
+    """Programs are kept for other processes however little time they take to compile."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    jax.clear_caches()
+    yield
+    jax.config.update(name, before)
+
+
+def test_a_second_start_compiles_nothing(words, folder, all_kept):
     compiled = []
 
     def listen(event: str, **_) -> None:
@@ -213,7 +224,10 @@ def test_a_second_start_compiles_nothing(words, folder):
     ready(words, folder)(PROMPTS, [5, 6], steps=3)
     jax.clear_caches()  # as another process would find it
     jax.monitoring.register_event_listener(listen)
-    ready(words, folder)(PROMPTS, [7, 8], steps=4)
+    try:
+        ready(words, folder)(PROMPTS, [7, 8], steps=4)
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
     assert not compiled
 
 

@@ -173,6 +173,7 @@ def compare(
         theirs[0] = alpha * START + sigma * NOISE[-1]
     passed = np.zeros((ROWS, *SHAPE), np.float32)
     passed[begin:last] = theirs[:-1]
-    each, whole = ours(name, schedule.for_run(), passed, NOISE, steps, jnp.float32(eta))
+    run = ours(name, schedule.for_run(), passed, NOISE, steps, jnp.float32(eta))
+    each, whole = map(np.asarray, run)
     errors = [relative_error(each[begin + i], z) for i, z in enumerate(theirs[1:])]
     return np.max(errors), relative_error(whole, theirs[-1])

@@ -166,7 +166,7 @@ def test_a_missing_condition_is_an_error():
         (XL, "time_ids"),
     ):
         net = Net(UNet(config))
-        params = {n: jnp.zeros(s) for n, s in net.shapes.items()}
+        params = {n: jnp.asarray(np.zeros(s, np.float32)) for n, s in net.shapes.items()}
         told = {k: jnp.asarray(v) for k, v in conditions(config, 1).items() if k != missing}
         with pytest.raises(ValueError, match=missing):
             net(params, jnp.zeros((1, 8, 8, config.in_channels)), jnp.zeros(1), **told)

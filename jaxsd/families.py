@@ -195,7 +195,8 @@ FAMILIES = {
             cross_attention_dim=64,
             norm_num_groups=16,
         ),
-        V_PREDICTION,
+        # 7.5 is for large pictures: a prompt that is followed so hard breaks strokes of these
+        dataclasses.replace(V_PREDICTION, default_guidance_scale=3.0),
         VAEConfig(
             sample_size=32,
             down_block_types=("DownEncoderBlock2D",) * 3,

@@ -124,7 +124,7 @@ def test_a_range_needs_a_network_that_is_told_the_scale():
 
 
 def test_only_students_say_so_in_their_files(student):
-    """And the pixel model its guidance scale: see the test of its defaults."""
+    """And the models of small pictures their guidance scale."""
     values = student.unet.config.to_json()
     assert values["guidance_range"] == list(RANGE)
     assert UNetConfig.from_json(json.loads(json.dumps(values))) == student.unet.config
@@ -134,7 +134,11 @@ def test_only_students_say_so_in_their_files(student):
     for name, family in FAMILIES.items():
         assert "guidance_range" not in family.unet.to_json()
         said = {*MADE_FOR} & {*family.schedule.to_json()}
-        assert said == ({"default_guidance_scale"} if name == "digits-ddpm" else set())
+        small = name in ("digits", "digits-ddpm")
+        assert said == ({"default_guidance_scale"} if small else set())
+    for name, scale in (("digits", 3.0), ("digits-ddpm", 1.0)):
+        assert FAMILIES[name].schedule.default_guidance_scale == scale  # of what is trained anew
+        assert jaxsd.load(name).default_guidance_scale == scale
 
 
 # --- What it is made for ---------------------------------------------------------------------

@@ -320,7 +320,8 @@ def test_the_page_fits(browser, site, scheme, width):
 
 
 def test_what_a_student_has_of_its_own(service):
-    assert made_for(service.model("digits")) == set()
+    assert service.model("digits").pipe.schedule.default_guidance_scale == 3
+    assert made_for(service.model("digits")) == set()  # which is a teacher
     assert made_for(service.model("digits-4step")) == {"steps", "sampler"}
     classes = Served("digits-ddpm-4step", jaxsd.load("digits-ddpm-4step"))
     assert made_for(classes) == {"steps", "sampler", "guidance_scale"}

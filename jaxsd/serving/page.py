@@ -262,12 +262,11 @@ async def _draw(
 
 def made_for(model: Served) -> set[str]:
     """What a student has of its own, and is not asked for beside its teacher."""
-    schedule, own = model.pipe.schedule, set()
-    if schedule.default_steps is not None:
-        own = {"steps", "sampler"}
-    if schedule.default_guidance_scale is not None and not model.pipe.guidance_embedded:
-        own = own | {"guidance_scale"}
-    return own
+    schedule = model.pipe.schedule
+    if schedule.default_steps is None:
+        return set()
+    taught = schedule.default_guidance_scale is not None and not model.pipe.guidance_embedded
+    return {"steps", "sampler"} | ({"guidance_scale"} if taught else set())
 
 
 def _read_form(service: Service, form: dict[str, Any]) -> dict[str, Any]:

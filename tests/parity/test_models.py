@@ -1,6 +1,7 @@
 """Tiny VAEs and text towers with random weights against diffusers and transformers, float32."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,12 @@ VISION = CLIPVisionConfig(
 )
 
 
+@functools.partial(jax.jit, static_argnames=("net", "method", "clip_skip"))
+def run(net, params, *inputs, **how):
+    """As one program: op by op each size compiles dozens."""
+    return net(params, *inputs, **how)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (22, 14), (16, 34)])
 def test_vae(size, report):
     torch.manual_seed(0)
@@ -67,10 +74,10 @@ def test_vae(size, report):
     with torch.no_grad():
         expected = module.encode(nchw(pictures)).latent_dist
         decoded = module.decode(nchw(latents)).sample
-    mean, logvar = net(params, jnp.asarray(pictures), method="encode")
+    mean, logvar = run(net, params, jnp.asarray(pictures), method="encode")
     report(relative_error(mean, nhwc(expected.mean)))
     report(relative_error(logvar, nhwc(expected.logvar)))
-    report(relative_error(net(params, jnp.asarray(latents), method="decode"), nhwc(decoded)))
+    report(relative_error(run(net, params, jnp.asarray(latents), method="decode"), nhwc(decoded)))
 
 
 def test_vae_of_four_stages(report):
@@ -89,9 +96,9 @@ def test_vae_of_four_stages(report):
     with torch.no_grad():
         expected = module.encode(nchw(pictures)).latent_dist
         decoded = module.decode(expected.mean).sample
-    mean, _ = net(params, jnp.asarray(pictures), method="encode")
+    mean, _ = run(net, params, jnp.asarray(pictures), method="encode")
     report(relative_error(mean, nhwc(expected.mean)))
-    report(relative_error(net(params, mean, method="decode"), nhwc(decoded)))
+    report(relative_error(run(net, params, mean, method="decode"), nhwc(decoded)))
 
 
 @pytest.mark.parametrize("size", [(16, 24), (13, 9)])
@@ -110,10 +117,10 @@ def test_tiny_vae(size, report):
     with torch.no_grad():
         expected = module.encode(nchw(pictures)).latents
         decoded = module.decode(nchw(latents)).sample
-    mean, logvar = net(params, jnp.asarray(pictures), method="encode")
+    mean, logvar = run(net, params, jnp.asarray(pictures), method="encode")
     report(relative_error(mean, nhwc(expected)))
     assert (np.exp(logvar) == 0).all()
-    report(relative_error(net(params, jnp.asarray(latents), method="decode"), nhwc(decoded)))
+    report(relative_error(run(net, params, jnp.asarray(latents), method="decode"), nhwc(decoded)))
     assert config.downscale == 4
 
 
@@ -148,10 +155,10 @@ def test_text_tower(hidden_act, report):
     for ids in (token_ids(3), token_ids(2, 10)):
         with torch.no_grad():
             expected = module(torch.from_numpy(ids).long(), output_hidden_states=True)
-            report(relative_error(net(params, jnp.asarray(ids)), expected.last_hidden_state))
+            report(relative_error(run(net, params, jnp.asarray(ids)), expected.last_hidden_state))
             for skip in (0, 1, 2):
                 skipped = module.final_layer_norm(expected.hidden_states[-1 - skip])
-                ours = net(params, jnp.asarray(ids), clip_skip=skip)
+                ours = run(net, params, jnp.asarray(ids), clip_skip=skip)
                 report(relative_error(ours, skipped))
 
 
@@ -171,16 +178,17 @@ def test_what_xl_reads_of_its_text_towers(eos, report):
         with torch.no_grad():
             expected = module(torch.from_numpy(ids).long(), output_hidden_states=True)
         for skip in (0, 1, 3):
-            hidden, pooled = net(params, jnp.asarray(ids), skip, method="penultimate")
+            how = {"clip_skip": skip, "method": "penultimate"}
+            hidden, pooled = run(net, params, jnp.asarray(ids), **how)
             report(relative_error(hidden, expected.hidden_states[-(skip + 2)]))
             assert (pooled is None) == (kind is transformers.CLIPTextModel)
             if pooled is not None:
                 report(relative_error(pooled, expected.text_embeds))
         for skip in (-2, 4):
             with pytest.raises(ValueError):
-                net(params, jnp.asarray(ids), skip, method="penultimate")
+                run(net, params, jnp.asarray(ids), **how | {"clip_skip": skip})
         # The ordinary states are the same with and without a projection.
-        report(relative_error(net(params, jnp.asarray(ids)), expected.last_hidden_state))
+        report(relative_error(run(net, params, jnp.asarray(ids)), expected.last_hidden_state))
 
 
 def test_a_text_tower_with_more_tokens_than_its_config():
@@ -192,8 +200,8 @@ def test_a_text_tower_with_more_tokens_than_its_config():
     ids = token_ids(2, 9)
     replaced = np.where(ids == ids[0, 0], 1000, ids)
     longer[name] = longer[name].at[1000].set(params[name][ids[0, 0]])
-    expected = net(params, jnp.asarray(ids))
-    np.testing.assert_array_equal(net(longer, jnp.asarray(replaced)), expected)
+    expected = run(net, params, jnp.asarray(ids))
+    np.testing.assert_array_equal(run(net, longer, jnp.asarray(replaced)), expected)
 
 
 @pytest.mark.parametrize("eos", [999, 2])  # 2: configs from before 2023 that mean the highest id
@@ -211,11 +219,11 @@ def test_both_towers(eos, report):
         expected = module(torch.from_numpy(ids).long(), nchw(pictures))
         text_features = module.get_text_features(torch.from_numpy(ids).long()).pooler_output
         image_features = module.get_image_features(nchw(pictures)).pooler_output
-    ours = net(params, jnp.asarray(ids), method="text_features")
+    ours = run(net, params, jnp.asarray(ids), method="text_features")
     report(relative_error(ours, text_features))
-    ours = net(params, jnp.asarray(pictures), method="image_features")
+    ours = run(net, params, jnp.asarray(pictures), method="image_features")
     report(relative_error(ours, image_features))
-    text_unit, image_unit, scale = net(params, jnp.asarray(ids), jnp.asarray(pictures))
+    text_unit, image_unit, scale = run(net, params, jnp.asarray(ids), jnp.asarray(pictures))
     report(relative_error(text_unit, expected.text_embeds))
     report(relative_error(image_unit, expected.image_embeds))
     report(relative_error(scale * (text_unit @ image_unit.T), expected.logits_per_text))

@@ -59,6 +59,14 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 50)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+    """Programs that models share are kept for good: here they go with the file that used them."""
+    yield
+    if "jaxsd.programs" in sys.modules:
+        sys.modules["jaxsd.programs"]._shared.cache_clear()
+
+
 @pytest.fixture
 def untraced():
     """Models share what was traced of their networks, but not with the tests before this one."""

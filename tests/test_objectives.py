@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,18 @@ def test_a_model_without_classes_has_a_loss_and_makes_pictures(caplog):
     params = tiny.parameters(objective.net)
     loss, _ = jax.jit(objective.loss)(params, (), arrays({"image": tiny.pictures(4, 1)}), NOW)
     assert np.isfinite(loss)
+    make, made = objective.pipeline, []
+
+    def pipeline(params):
+        pipe = make(params)
+        made.append(weakref.ref(pipe))
+        return pipe
+
+    objective.pipeline = pipeline
     picture = objective.preview(params)
     assert picture.shape == (4 * 9 - 1, 4 * 9 - 1, 3)
-    # The next one takes other parameters, and the same programs
+    # The next one takes other parameters, the same programs, and no memory in between
+    assert [pipe() for pipe in made] == [None]
     others = {name: value + 0.1 for name, value in params.items()}
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
         assert not np.array_equal(objective.preview(others), picture)

@@ -45,7 +45,7 @@ class Editor:
     embedding, tuning: options of the two trainings, whose seeds are those of every picture. rank:
     of low-rank factors (LoRA) to tune in place of the UNet; 0 for the whole.
 
-    `pipe` stays as it is, and each edit holds a UNet of its own (with a rank too).
+    `pipe` stays as it is. Each edit holds a UNet of its own, whole even where factors were tuned.
     """
 
     def __init__(

@@ -112,8 +112,8 @@ class Conv2d(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         weight = weight_at_work(self.weight, x)
-        how = {"whole": remat() == "selective", "gradient": for_gradients()}
-        return kernels.convolution(x, weight, bias, self.stride, self.padding, **how)
+        y = kernels.convolution(x, weight, bias, self.stride, self.padding, for_gradients())
+        return checkpoint_name(y, "convolution")
 
 
 class GroupNorm(nnx.Module):
@@ -222,18 +222,12 @@ def dropout_keys(key: jax.Array | None):
         _dropout_keys.reset(token)
 
 
-# What "selective" keeps: results of convolutions, of products with a weight, and of attention as a
-# whole. Norms, activations and attention's scores are computed again.
-def _costly(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    if primitive is jax.lax.conv_general_dilated_p:
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **parameters)
-
-
 _REMAT: dict[str, Callable | None] = {
     "none": None,
-    "selective": jax.checkpoint_policies.save_from_both_policies(
-        _costly, jax.checkpoint_policies.save_only_these_names("attention")
+    # By name and not by operation: kernels make a layer's result of several, or of one of their
+    # own. Norms, activations and attention's scores are computed again.
+    "selective": jax.checkpoint_policies.save_only_these_names(
+        "attention", "convolution", "linear"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

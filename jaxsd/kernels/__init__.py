@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
@@ -150,10 +151,11 @@ def linear(
         # Of axes as they are, which XLA lays out as what follows wants them; and each part a
         # product of its own, at whose end is done what is done to the part.
         dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-        return [jax.lax.dot_general(x, part, dimensions) for part in jnp.split(weight, parts)]
+        y = [jax.lax.dot_general(x, part, dimensions) for part in jnp.split(weight, parts)]
+        return [checkpoint_name(part, "linear") for part in y]
     # Flat, because XLA's CPU backend takes a fast matrix product only for two plain axes: three
     # times faster through the gradient than contracting "...i,oi->...o".
-    flat = x.reshape(-1, x.shape[-1]) @ weight.T
+    flat = checkpoint_name(x.reshape(-1, x.shape[-1]) @ weight.T, "linear")
     return jnp.split(flat.reshape(*x.shape[:-1], flat.shape[-1]), parts, -1)
 
 
@@ -172,17 +174,15 @@ def convolution(
     bias: Float[Array, " o"] | None,
     stride: int,
     padding: tuple[tuple[int, int], tuple[int, int]],
-    whole: bool = False,
     gradient: bool = False,
 ) -> Float[Array, "b h2 w2 o"]:
     """The convolution of pictures with kernels in torch's layout.
 
-    whole: as one operation, for a gradient that is to find its result stored and nothing else.
     gradient: in the form of which both passes are fastest.
     """
     x = in_rows(x, target().split)
     kind = (weight.shape[2:], stride, padding)
-    if kind == ((3, 3), 1, ((1, 1), (1, 1))) and platform() == "cpu" and not whole:
+    if kind == ((3, 3), 1, ((1, 1), (1, 1))) and platform() == "cpu":
         if form := cpu.convolves(x.shape, x.dtype, len(weight), gradient):
             # A gradient finds what was given, and nothing of the much that is made on the way.
             return jax.checkpoint(form)(x, weight, bias)

@@ -30,6 +30,9 @@ from jaxsd.weights.tensors import Placement, as_dtype
 
 DAMAGED = "damaged"  # the folder where such checkpoints are moved to
 COUNTERS = "counters"  # the item of all single numbers of a state
+# Bytes of the least piece that each of the devices holding the same array writes. To cut one takes
+# a small program on each of them, which for the thousands of arrays of a state adds up.
+LEAST_PIECE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Checkpoints:
                         post_finalization_callback=self._before_commit
                     ),
                 ),
+                handler_registry=_handlers(),
             )
         except OSError as error:
             raise JaxsdError(f"cannot write {folder}: {error.strerror or error}") from None
@@ -111,7 +115,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}  # pyright: ignore
+        items = {name: ocp.args.PyTreeSave(item) for name, item in _items(state).items()}  # pyright: ignore
         with self._reporting():
             self._manager.wait_until_finished()  # which may tell of the save before this one
             self._writing = step
@@ -138,7 +142,12 @@ class Checkpoints:
         if self.latest is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}  # pyright: ignore
+        items = {
+            name: ocp.args.PyTreeRestore(
+                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+            )  # pyright: ignore
+            for name, item in _items(abstract).items()
+        }
         try:
             found = self._manager.restore(self.latest, args=ocp.args.Composite(**items))
         except Exception as error:  # of which orbax raises all kinds
@@ -222,6 +231,19 @@ def _hide_tracebacks() -> Callable[[], None]:
             sys.unraisablehook = others
 
     return end
+
+
+def _handlers() -> Any:
+    """Orbax's, for arrays on devices and on the host, that cut no small ones."""
+    devices = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_PIECE)
+    arrays = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, devices)
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=arrays)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add(None, arguments, handler)
+    return registry
 
 
 def _items(state: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from test_pipeline import compilations
 
 from jaxsd.checkpoints import Checkpoints, Keep, restore_params
 from jaxsd.errors import JaxsdError
@@ -70,6 +71,19 @@ def assert_restores(folder, step):
 
 
 # --- What is there ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, cut", [(24, False), (8 << 10, True)])
+def test_devices_share_in_writing_large_arrays_alone(rows, cut, tmp_path):
+    """For each piece of an array a program runs: of small ones these took most of a save."""
+    everywhere = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec())
+    state = jax.device_put(state_of(1)._replace(params={"w": jnp.ones((rows, 259))}), everywhere)
+    with opened(tmp_path / "c") as checkpoints:
+        with compilations() as programs:
+            checkpoints.save(1, state)
+        assert bool(programs) == cut
+        checkpoints.wait()
+        assert_same(checkpoints.restore(state), state)
 
 
 def test_the_newest_state_comes_back_bit_for_bit(tmp_path):

@@ -154,7 +154,8 @@ def linear(
         y = [jax.lax.dot_general(x, part, dimensions) for part in jnp.split(weight, parts)]
         return [checkpoint_name(part, "linear") for part in y]
     # Flat, because XLA's CPU backend takes a fast matrix product only for two plain axes: three
-    # times faster through the gradient than contracting "...i,oi->...o".
+    # times faster through the gradient than contracting "...i,oi->...o". Named (for
+    # `nn.rematerialise`) as a whole: of parts a copy would be kept.
     flat = checkpoint_name(x.reshape(-1, x.shape[-1]) @ weight.T, "linear")
     return jnp.split(flat.reshape(*x.shape[:-1], flat.shape[-1]), parts, -1)
 

@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import tyro
+from beside import narrowed
 from latents import Latents
 
 from jaxsd import checkpoints, training
@@ -43,11 +44,7 @@ def times(state: training.TrainState) -> tuple[float, float, float]:
 
 
 def main(options: Options) -> None:
-    family = get_family("sd1")
-    narrow = dataclasses.replace(
-        family.unet, block_out_channels=(32, 64, 128, 128), attention_head_dim=8
-    )
-    family = dataclasses.replace(family, unet=narrow)
+    family = narrowed(get_family("sd1"), 10)
     settings = training.Options(10, batch_size=jax.device_count())
     optimizer, mesh = training.make_optimizer(settings), make_mesh(settings)
     state, _ = place_state(Latents(family), optimizer, settings, mesh)

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_pipeline import compilations
 
 from jaxsd.checkpoints import Checkpoints, Keep, restore_params
+from jaxsd.checksums import write_checksums
 from jaxsd.errors import JaxsdError
 
 KEEP = Keep()
@@ -84,6 +86,20 @@ def test_devices_share_in_writing_large_arrays_alone(rows, cut, tmp_path):
         assert bool(programs) == cut
         checkpoints.wait()
         assert_same(checkpoints.restore(state), state)
+
+
+def test_what_was_saved_as_orbax_saves_by_itself_is_read(tmp_path):
+    """As checkpoints were written before small arrays were left whole."""
+    everywhere = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec())
+    state = jax.device_put(state_of(3), everywhere)
+    items = state._asdict() | {"counters": {"step": state.step}}
+    del items["step"]
+    saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.Composite(**saved))
+    write_checksums(tmp_path / "3", ignored=("_CHECKPOINT_METADATA",))
+    assert_restores(tmp_path, 3)
+    assert_same(restore_params(tmp_path), state.ema)
 
 
 def test_the_newest_state_comes_back_bit_for_bit(tmp_path):

@@ -66,7 +66,9 @@ def test_twenty_kills_leave_no_trace(tmp_path, server):
     # The moments were what they were meant to be
     assert sum(kill.saving for kill in kills) >= KILLS // 4
     assert {kill.signal for kill in kills} == {signal.SIGKILL.name, signal.SIGTERM.name}
-    assert kills[-1].step > STEPS // 4
+    # Each start went further than the last SIGTERM's, however fast this machine is
+    kept = [kill.checkpoints[-1] for kill in kills if kill.signal == signal.SIGTERM.name]
+    assert kept == sorted(set(kept)) and len(kept) == KILLS // 4, kept
 
 
 def test_the_drill_notices_what_differs(tmp_path):

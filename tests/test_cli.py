@@ -225,7 +225,7 @@ def plain(tmp_path_factory) -> np.ndarray:
             marks=pytest.mark.slow,
         ),
         "--refiner digits --refiner-start 0.5 --spacing trailing",
-        "--dtype float16 --guidance-rescale 0.5",
+        pytest.param("--dtype float16 --guidance-rescale 0.5", marks=pytest.mark.slow),
         "--vae-tile 4 --preview-every 2 --preview-with taesd --long-prompts",
     ],
 )

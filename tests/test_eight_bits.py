@@ -99,7 +99,7 @@ def test_half_precision_stays_the_dtype_of_computing(words, tmp_path):
     assert seen.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("form", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_restored_weights_do_not_outlive_their_layer(form):
     """In a loop over steps the program works with less than all weights restored would take."""
     config = UNetConfig(

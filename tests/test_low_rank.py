@@ -80,6 +80,7 @@ def assert_starts_as(objective: LowRank, batch):
     assert_same_state(jax.jit(objective.loss)(params, objective.aux, batch, now), inner)
 
 
+@pytest.mark.slow
 def test_it_starts_as_the_base_to_the_bit(latents, words):
     ids = jnp.asarray(latents.inner.towers.tokenize(tiny.CAPTIONS))
     assert_starts_as(latents, {"image": jnp.asarray(tiny.pictures(4)), "input_ids": ids})
@@ -259,6 +260,7 @@ def test_in_half_precision_what_stays_is_kept_in_it():
 # --- What it leaves behind ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_folder_and_the_file_on_the_base_make_the_same_picture(latents, tmp_path):
     params = moved(latents)
     latents.inner.export(latents.base, tmp_path / "base")

@@ -91,6 +91,7 @@ def test_the_batch_size_changes_a_pixel_by_one_at_most(prompts, tmp_path, monkey
             assert abs(picture - wanted[name]).max() <= 1
 
 
+@pytest.mark.slow
 def test_text_and_negative_prompts_on_several_devices(tmp_path, monkeypatch):
     """Text towers, guidance and the VAE, too, compute by rows."""
     file = tmp_path / "a.jsonl"

@@ -57,9 +57,9 @@ def mask():
     [
         {},
         {"negative_prompt": "blue"},
-        {"image": scan(), "strength": 0.7},
+        pytest.param({"image": scan(), "strength": 0.7}, marks=pytest.mark.slow),
         {"image": scan(), "mask": mask()},
-        {"sampler": "dpmpp_2m_sde"},
+        pytest.param({"sampler": "dpmpp_2m_sde"}, marks=pytest.mark.slow),
         {"guidance_scale": 1.0},
     ],
     ids=lambda form: "-".join(form) or "plain",

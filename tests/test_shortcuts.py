@@ -133,7 +133,9 @@ def whole(deep):
     return net(params, x, jnp.asarray(TIMES), text)
 
 
-@pytest.mark.parametrize("branch", range(9))
+@pytest.mark.parametrize(
+    "branch", [pytest.param(n, marks=[] if n in (0, 4, 8) else pytest.mark.slow) for n in range(9)]
+)
 def test_features_taken_out_and_put_back_change_nothing(deep, whole, branch):
     net, params, x, text = deep
     t = jnp.asarray(TIMES)
@@ -168,7 +170,7 @@ def test_kept_for_one_step_is_not_kept(pipe):
     np.testing.assert_array_equal(one, latents(pipe, steps=1))
 
 
-@pytest.mark.parametrize("interval", [None, (0.3, 3.0)])
+@pytest.mark.parametrize("interval", [pytest.param(None, marks=pytest.mark.slow), (0.3, 3.0)])
 def test_an_image_depends_on_its_seed_alone_and_comes_again(pipe, interval):
     wanted = Shortcuts(interval, 3, 1)
     together = latents(pipe, wanted, seeds=[7, 0, 9])

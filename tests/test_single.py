@@ -68,7 +68,16 @@ def make(kind: str, words, dtype=jnp.float32) -> Parts:
     return Parts(components, schedule, tokenizers, make_index(MODELS[kind], schedule))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# Of the same parts as the others: the slow tests have them
+LATER = ("sd1-inpaint", "sdxl-refiner")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=[pytest.mark.slow] if kind in LATER else []) for kind in MODELS
+    ],
+)
 def model(request, words, tmp_path_factory):
     """(kind, its parts, its folder, its single file)"""
     parts, place = make(request.param, words), tmp_path_factory.mktemp(request.param)

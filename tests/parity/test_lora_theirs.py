@@ -1,6 +1,7 @@
 """LoRA files of every spelling, as diffusers and peft write or read them: same weights here."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import diffusers
@@ -92,8 +93,17 @@ def save_theirs(pipe, folder, metadata: bool, safe=True):
     pipe.save_lora_weights(folder, safe_serialization=safe, **values)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("name", CONFIGS)
+# Each of one family: of the other, whose names are made the same way, the slow tests have them
+FIRST = {"alpha": "sd1", "rslora": "sd1", "all layers": "sdxl", "ranks": "sdxl", "dora": "sdxl"}
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        pytest.param(*case, marks=[] if case in FIRST.items() else pytest.mark.slow)
+        for case in itertools.product(CONFIGS, ["sd1", "sdxl"])
+    ],
+)
 def test_what_they_write(tmp_path, family, name):
     base = pipeline(family)
     theirs = with_adapters(base, CONFIGS[name])

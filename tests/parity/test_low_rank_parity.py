@@ -59,7 +59,7 @@ def their_pictures(pipe, ours) -> np.ndarray:
     return whole(pipe(latents=noise, height=SIZE, width=SIZE, **asked).images)
 
 
-@pytest.mark.parametrize("form", ["peft", "kohya"])
+@pytest.mark.parametrize("form", ["peft", pytest.param("kohya", marks=pytest.mark.slow)])
 def test_the_file_on_the_base_makes_the_same_picture(theirs, trained, tmp_path, form):
     """Convolutions, linear layers and text encoder, with an alpha that is not the rank."""
     ours, folder = trained

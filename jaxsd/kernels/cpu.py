@@ -71,8 +71,12 @@ def convolves(
     """
     b, h, w, inputs = shape
     pixels, channels = b * h * w, min(inputs, outputs)
-    if dtype != jnp.float32 or channels < 192:
+    if dtype != jnp.float32 or channels < 64:
         return None
+    if channels < 192:
+        # Transforms weigh as much as products, unless caches hold all pixels. Those of gradients
+        # compile for longer than they save.
+        return winograd if 1024 <= pixels <= 1 << 14 and not gradient else None
     if pixels >= (1024 if gradient else 256):
         return winograd
     # Transforming the weights (and in a gradient theirs) would cost more than it saves. Where they

@@ -48,14 +48,16 @@ def drill(
     longest: float = 0.2,
     patience: float = 120.0,
     report: Callable[[Kill], None] = lambda kill: None,
+    pace: float = 0.0,
 ) -> list[Kill]:
     """Starts the training `kills` times and kills it each time, after it has made progress.
 
     start(i) begins or resumes it for the i-th time. A kill comes as soon as a checkpoint is being
     written, or up to `longest` seconds after a row of the log, or within 5 `longest` of the start,
-    whatever has come of it; report(kill) follows at once. AssertionError if a checkpoint that was
-    complete when the kill came is gone, or a row of the log that it covers, or if a SIGTERM is not
-    obeyed with status 0.
+    whatever has come of it; report(kill) follows at once. Kill i waits for more than `pace` i rows,
+    so that the last ones come late in a training on slow machines, too. AssertionError if a
+    checkpoint that was complete when the kill came is gone, or a row of the log that it covers, or
+    if a SIGTERM is not obeyed with status 0.
     """
     rng, done, covered = random.Random(seed), [], set()
     for i in range(kills):
@@ -66,7 +68,8 @@ def drill(
             if i % 4 == 2:
                 time.sleep(rng.uniform(0, 5 * longest))
             else:
-                _wait(lambda n=before: _log(workdir).count("\n") > n, process, patience)
+                least = max(before, pace * i)
+                _wait(lambda n=least: _log(workdir).count("\n") > n, process, patience)
             if i % 2:
                 _wait(lambda: _saving(workdir), process, patience)
             elif i % 4 == 0:

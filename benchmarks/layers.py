@@ -44,7 +44,8 @@ def transposed_conv(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Arr
 
 def step(function: Callable) -> Callable:
     """The gradient of a sum of squares with respect to every argument, compiled."""
-    return jax.jit(jax.grad(lambda x, w, b: jnp.square(function(x, w, b)).sum(), argnums=(0, 1, 2)))
+    gradient = jax.grad(lambda x, w, b: jnp.square(function(x, w, b)).sum(), argnums=(0, 1, 2))
+    return jax.jit(gradient, compiler_options=kernels.compiler_options())
 
 
 def in_loop(function: Callable) -> Callable:
@@ -53,7 +54,7 @@ def in_loop(function: Callable) -> Callable:
     def loop(x, w, b):
         return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(function(x, w, b)), x)
 
-    return jax.jit(loop)
+    return jax.jit(loop, compiler_options=kernels.compiler_options())
 
 
 def seconds(function: Callable, arguments: tuple[jax.Array, ...]) -> float:

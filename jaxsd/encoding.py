@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsd import sharding
+from jaxsd import kernels, sharding
 from jaxsd.data import latents
 from jaxsd.data.captioned import Pictures
 from jaxsd.data.images import make_image
@@ -220,8 +220,8 @@ class _Run:
         self.mesh = sharding.make_mesh()
         placement = sharding.shardings(towers.params, self.mesh)
         self.params = sharding.place(towers.params, placement)
-        self._moments = jax.jit(towers.moments)
-        self._states = jax.jit(towers.states)
+        self._moments = kernels.jit(towers.moments)
+        self._states = kernels.jit(towers.states)
         self.orientations = 2 if storage.flip else 1
         unit = self.mesh.size * self.orientations  # a batch is split over the devices
         self.batch_size = -(-storage.batch_size // unit) * unit

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsd import kernels
 from jaxsd.components import load_component
 from jaxsd.errors import JaxsdError
 from jaxsd.networks import Networks
@@ -63,7 +64,7 @@ def tiny(pipe: Networks, folder: Path) -> Preview:
     wanted = pipe.vae.config.latent_channels
     if getattr(component.net.config, "latent_channels", None) != wanted:
         raise JaxsdError(f"{folder} is no VAE for latents of {wanted} channels")
-    decode = jax.jit(lambda params, x: component.net(params, x, method="decode"))
+    decode = kernels.jit(lambda params, x: component.net(params, x, method="decode"))
 
     def preview(latents: jax.Array) -> np.ndarray:
         scale = component.net.config.scaling_factor

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsd import kernels, training
 from jaxsd.eight_bits import quantised
 from jaxsd.models.transformer import TransformerBlock
 from jaxsd.nn import Conv2d, GroupNorm, Net, attention, rematerialise
@@ -36,6 +37,26 @@ def test_a_training_convolves_in_the_form_whose_gradient_is_fast():
     assert "conv_general_dilated" not in str(jax.make_jaxpr(lambda *a: net(*a))(shapes, x))
     with rematerialise("none"):
         assert "conv_general_dilated" in str(jax.make_jaxpr(lambda *a: net(*a))(shapes, x))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="libraries for CPU")
+def test_convolutions_use_all_cores():
+    """Of the compiler's libraries its first choice convolves on one core only."""
+    net = Net(Conv2d(64, 64, 3, padding=1))
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in net.shapes.items()}
+    x = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.float32)
+
+    def called(program) -> tuple[str, ...]:
+        text = program.lower(params, x).compile().as_text()
+        return tuple(sorted({*re.findall(r"__ynn_fusion|window={size=3x3", text)}))
+
+    def gradient(params, x):
+        return jax.grad(lambda params: jnp.square(net(params, x)).sum())(params)
+
+    told = training.compiler_options(training.Options(8), "cpu")
+    assert called(kernels.jit(net)) == ("window={size=3x3",)
+    assert called(jax.jit(gradient, compiler_options=told)) == ("window={size=3x3",)
+    assert "__ynn_fusion" in called(jax.jit(net)), "nothing needs to be said any more"
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -108,7 +108,8 @@ class _Training:
         optimizer = training.make_optimizer(options)
         self._begin = jax.jit(functools.partial(training.state_of, optimizer=optimizer))
         step = training.make_step(objective, optimizer, options)
-        self._step = jax.jit(step, donate_argnums=0)
+        told = training.compiler_options(options, jax.default_backend())
+        self._step = jax.jit(step, donate_argnums=0, compiler_options=told)
         self._error = jax.jit(functools.partial(reconstruction_error, objective))
 
     def start(self) -> Params:

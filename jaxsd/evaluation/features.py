@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsd import weights
+from jaxsd import kernels, weights
 from jaxsd.components import Component
 from jaxsd.data import digits
 from jaxsd.errors import JaxsdError
@@ -64,7 +64,7 @@ class Batched:
     """
 
     def __init__(self, function: Callable[..., jax.Array], most: int):
-        self._program, self._most, self._length = jax.jit(function), most, 0
+        self._program, self._most, self._length = kernels.jit(function), most, 0
 
     def __call__(self, params: Params, rows: np.ndarray) -> np.ndarray:
         self._length = max(self._length, min(self._most, len(rows)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsd import kernels
 from jaxsd.errors import Diverged, JaxsdError
 from jaxsd.evaluation import samples, similarity
 from jaxsd.evaluation.drawing import Sampling
@@ -183,7 +184,7 @@ class _Rows:
 
     def __init__(self, function: Callable[..., jax.Array], aux: Any):
         self._devices, self._aux = _Devices(), aux
-        self._program = jax.jit(function)
+        self._program = kernels.jit(function)
         self._keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
     def __call__(

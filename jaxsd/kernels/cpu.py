@@ -14,6 +14,10 @@ from jaxtyping import Array, Float
 # Rows of queries at a time: as many as make scores of this size with all keys.
 SCORES = 1 << 21
 
+# For `jax.jit`: convolutions by Eigen, which uses all cores. The compiler's first choice is
+# YNNPACK's, on one core; of its libraries this one names products alone.
+ALL_CORES = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
 
 def attends_in_blocks(shape: tuple[int, ...], keys: int) -> bool:
     """Whether scores are so many that to hold them all costs more than a loop over blocks."""
@@ -73,10 +77,10 @@ def convolves(
     pixels, channels = b * h * w, min(inputs, outputs)
     if dtype != jnp.float32 or channels < 64:
         return None
-    if channels < 192:
-        # Transforms weigh as much as products, unless caches hold all pixels. Those of gradients
-        # compile for longer than they save.
-        return winograd if 1024 <= pixels <= 1 << 14 and not gradient else None
+    if channels < 160:
+        # Transforms weigh as much as products, unless there are many pixels and caches hold them.
+        # Those of gradients compile for longer than they save.
+        return winograd if 4096 <= pixels <= 1 << 14 and not gradient else None
     if pixels >= (1024 if gradient else 256):
         return winograd
     # Transforming the weights (and in a gradient theirs) would cost more than it saves. Where they

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsd import kernels
 from jaxsd.components import Component, make_net, save_component
 from jaxsd.errors import JaxsdError
 from jaxsd.models import VAEConfig
@@ -77,8 +78,8 @@ class VAE:
                 f"the discriminator, which need {smallest}: a discriminator with fewer layers "
                 "needs less"
             )
-        self._encode = jax.jit(lambda params, x: self.net(params, x, method="encode"))
-        self._decode = jax.jit(lambda params, z: self.net(params, z, method="decode"))
+        self._encode = kernels.jit(lambda params, x: self.net(params, x, method="encode"))
+        self._decode = kernels.jit(lambda params, z: self.net(params, z, method="decode"))
 
     def init(self, key: jax.Array) -> Params:
         params = self.net.init(key) if self.initial is None else self.initial

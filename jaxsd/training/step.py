@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsd import kernels
-from jaxsd.kernels import gpu, tpu
+from jaxsd.kernels import cpu, gpu, tpu
 from jaxsd.nn import Params, rematerialise
 from jaxsd.objectives import Now, Objective
 from jaxsd.training.names import rate_factors, split_params
@@ -176,8 +176,9 @@ def compiler_options(options: Options, platform: str) -> dict[str, str]:
     """
     if platform == "tpu" and options.fsdp * options.tensor > 1:
         return tpu.GATHERED
-    if platform == "cpu" and options.remat != "none":
-        return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    if platform == "cpu":
+        barriers = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+        return cpu.ALL_CORES | (barriers if options.remat != "none" else {})
     return {}
 
 

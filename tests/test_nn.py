@@ -40,23 +40,32 @@ def test_a_training_convolves_in_the_form_whose_gradient_is_fast():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="libraries for CPU")
-def test_convolutions_use_all_cores():
-    """Of the compiler's libraries its first choice convolves on one core only."""
+def test_of_the_compilers_first_choices_all_but_convolutions_stay():
+    """These use one core; sums without theirs would be of squares written to memory."""
     net = Net(Conv2d(64, 64, 3, padding=1))
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in net.shapes.items()}
     x = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.float32)
 
-    def called(program) -> tuple[str, ...]:
-        text = program.lower(params, x).compile().as_text()
-        return tuple(sorted({*re.findall(r"__ynn_fusion|window={size=3x3", text)}))
+    def both(params, x):
+        rows = x.reshape(-1, 64)
+        return net(params, x), rows @ params["weight"][:, :, 0, 0], jnp.square(rows).sum()
 
-    def gradient(params, x):
-        return jax.grad(lambda params: jnp.square(net(params, x)).sum())(params)
+    def chosen(program) -> set[str]:
+        """What is computed by YNNPACK."""
+        text = program.lower(params, x).compile().as_text()
+        names = re.findall(r"fusion\(.*calls=%([\w.]+),.*__ynn_fusion", text)
+        bodies = [text.split(f"\n%{name} (")[1].split("\n}")[0] for name in names]
+        return {kind for kind in ("convolution", "dot", "reduce") if f" {kind}(" in str(bodies)}
 
     told = training.compiler_options(training.Options(8), "cpu")
-    assert called(kernels.jit(net)) == ("window={size=3x3",)
-    assert called(jax.jit(gradient, compiler_options=told)) == ("window={size=3x3",)
-    assert "__ynn_fusion" in called(jax.jit(net)), "nothing needs to be said any more"
+    assert chosen(jax.jit(both)) == {"convolution", "dot", "reduce"}, "what is told is of no use"
+    assert chosen(kernels.jit(both)) == {"dot", "reduce"}
+    assert chosen(jax.jit(both, compiler_options=told)) == {"dot", "reduce"}
+
+
+def test_a_compiler_that_knows_no_such_choice_is_not_told(monkeypatch):
+    monkeypatch.setattr(kernels.cpu, "PRODUCTS_AND_SUMS", {"xla_cpu_experimental_of_old": "no"})
+    assert kernels.cpu.all_cores.__wrapped__() == {}
 
 
 @pytest.mark.parametrize("causal", [False, True])

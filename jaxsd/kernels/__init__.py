@@ -99,7 +99,7 @@ def compiler_options() -> dict[str, str]:
     """
     if platform() != "cpu":
         return {}
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", **cpu.ALL_CORES}
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", **cpu.all_cores()}
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:

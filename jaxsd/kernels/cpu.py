@@ -3,6 +3,7 @@
 All of it is plain JAX: products of plain matrices, in pieces that fit the caches.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,25 @@ from jaxtyping import Array, Float
 # Rows of queries at a time: as many as make scores of this size with all keys.
 SCORES = 1 << 21
 
-# For `jax.jit`: convolutions by Eigen, which uses all cores. The compiler's first choice is
-# YNNPACK's, on one core; of its libraries this one names products alone.
-ALL_CORES = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+# YNNPACK's kernels, the compiler's first choice, without that for convolutions
+PRODUCTS_AND_SUMS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
+    "LIBRARY_FUSION_TYPE_REDUCE"
+}
+
+
+@functools.cache
+def all_cores() -> dict[str, str]:
+    """For `jax.jit`: convolutions by Eigen on all cores, where YNNPACK's would use one.
+
+    Nothing where the installed jaxlib does not know that choice, which calls itself experimental.
+    """
+    try:
+        program = jax.jit(lambda x: x, compiler_options=PRODUCTS_AND_SUMS)
+        program.lower(np.float32(0)).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return PRODUCTS_AND_SUMS
 
 
 def attends_in_blocks(shape: tuple[int, ...], keys: int) -> bool:

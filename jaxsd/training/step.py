@@ -178,7 +178,7 @@ def compiler_options(options: Options, platform: str) -> dict[str, str]:
         return tpu.GATHERED
     if platform == "cpu":
         barriers = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-        return cpu.ALL_CORES | (barriers if options.remat != "none" else {})
+        return cpu.all_cores() | (barriers if options.remat != "none" else {})
     return {}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import programs
 import tyro
 
-from jaxsd import denoising, families, shortcuts
+from jaxsd import denoising, families, kernels, shortcuts
 from jaxsd.components import make_net
 from jaxsd.nn import Net, Params
 
@@ -53,7 +53,7 @@ def main(options: Options) -> None:
         ways = (shortcuts.Way(),)
         return denoising.loop(net, [], schedule, "ddim", ways, inputs, x, (), begin, end)[0]
 
-    compiled = jax.jit(loop).lower(*arguments).compile()
+    compiled = kernels.jit(loop).lower(*arguments).compile()
     print(f"{options.model}, {options.size} px, {options.dtype}, {jax.default_backend()}")
     temporary = compiled.memory_analysis().temp_size_in_bytes
     print(f"temporaries: {temporary / 2**30:.2f} GiB")

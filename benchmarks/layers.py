@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsd import kernels
+from jaxsd import kernels, training
 from jaxsd.nn import Conv2d, GroupNorm, Linear, Net
 
 ROUNDS = 15
@@ -45,7 +45,8 @@ def transposed_conv(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Arr
 def step(function: Callable) -> Callable:
     """The gradient of a sum of squares with respect to every argument, compiled."""
     gradient = jax.grad(lambda x, w, b: jnp.square(function(x, w, b)).sum(), argnums=(0, 1, 2))
-    return jax.jit(gradient, compiler_options=kernels.compiler_options())
+    told = training.compiler_options(training.Options(8), jax.default_backend())
+    return jax.jit(gradient, compiler_options=told)
 
 
 def in_loop(function: Callable) -> Callable:
@@ -54,7 +55,7 @@ def in_loop(function: Callable) -> Callable:
     def loop(x, w, b):
         return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(function(x, w, b)), x)
 
-    return jax.jit(loop, compiler_options=kernels.compiler_options())
+    return kernels.jit(loop)
 
 
 def seconds(function: Callable, arguments: tuple[jax.Array, ...]) -> float:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsd import kernels
 from jaxsd.compare.report import Error
 from jaxsd.nn import Net, Params
 
@@ -83,7 +84,7 @@ class Comparison:
 
     def __init__(self, net: Net, feed: Feed, layers: bool = False):
         self._net, self._feed, self._layers = net, feed, layers
-        self._program = jax.jit(self._run)
+        self._program = kernels.jit(self._run)
 
     def errors(
         self,

@@ -102,7 +102,7 @@ def compiler_options() -> dict[str, str]:
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", **cpu.all_cores()}
 
 
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+def jit(function: Callable[..., Any]) -> jax.stages.Wrapped:
     """`jax.jit` of a network that needs no gradient."""
     return jax.jit(function, compiler_options=compiler_options())
 

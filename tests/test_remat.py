@@ -14,6 +14,7 @@ from jax.ad_checkpoint import print_saved_residuals
 from toy import Regression
 
 from jaxsd import kernels, training
+from jaxsd.editing import editor
 from jaxsd.models import AutoencoderKL, CLIPTextModel, UNet
 from jaxsd.models.blocks import ResnetBlock
 from jaxsd.models.transformer import Transformer2D
@@ -151,6 +152,18 @@ def test_a_step_is_the_same_and_works_with_less_memory():
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(metrics[mode][name], metrics["none"][name], rtol=TOLERANCE)
         assert_close(moments[mode], moments["none"])
+
+
+def test_a_training_of_an_editor_works_with_less_memory():
+    ids = jnp.arange(64 * 16, dtype=jnp.int32).reshape(64, 16) % 500
+    memory = {}
+    for mode in MODES:
+        options = Options(8, batch_size=64, remat=mode)
+        run = editor._Training(Tower(), options)
+        state, aux = training.init_state(run.objective, training.make_optimizer(options), options)
+        program = run._step.lower(state, aux, ids).compile()
+        memory[mode] = program.memory_analysis().temp_size_in_bytes
+    assert memory["full"] < memory["selective"] < memory["none"]
 
 
 def told(mode):

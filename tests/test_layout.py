@@ -66,7 +66,7 @@ ALLOWED = {
     "shortcuts": ("diffusion", "errors", "models", "nn"),
     "denoising": ("diffusion", "errors", "models", "nn", "shortcuts", "weights"),
     "towers": ("components", "conditioning", "errors", "models", "nn", "tokenizer"),
-    "encoding": ("data", "errors", "sharding", "tokenizer", "towers", "weights"),
+    "encoding": ("data", "errors", "kernels", "sharding", "tokenizer", "towers", "weights"),
     "model": (
         "components",
         "conditioning",
@@ -107,7 +107,7 @@ ALLOWED = {
         "tiling",
     ),
     "tasks": ("denoising", "diffusion", "errors", "networks", "pictures"),
-    "previews": ("components", "errors", "networks", "pictures"),
+    "previews": ("components", "errors", "kernels", "networks", "pictures"),
     "terminal": ("pictures",),
     "run_report": ("errors", "pictures", "weights.files"),
     "watching": ("errors", "networks", "pictures", "previews", "terminal"),

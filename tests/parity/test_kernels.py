@@ -116,9 +116,11 @@ def test_what_a_gradient_finds_stored():
 
 def test_what_is_left_to_the_compiler():
     assert cpu.convolves((2, 32, 32, 192), jnp.float32, 63) is None  # few channels
-    assert cpu.convolves((4, 16, 16, 192), jnp.float32, 64) is cpu.winograd
-    assert cpu.convolves((4, 15, 16, 192), jnp.float32, 64) is None  # and few pixels
-    assert cpu.convolves((4, 16, 16, 192), jnp.float32, 64, gradient=True) is None
+    assert cpu.convolves((4, 32, 32, 192), jnp.float32, 64) is cpu.winograd
+    assert cpu.convolves((4, 31, 32, 192), jnp.float32, 64) is None  # and few pixels
+    assert cpu.convolves((4, 32, 32, 192), jnp.float32, 64, gradient=True) is None
+    assert cpu.convolves((4, 32, 32, 192), jnp.float32, 159, gradient=True) is None
+    assert cpu.convolves((4, 32, 32, 192), jnp.float32, 160, gradient=True) is cpu.winograd
     assert cpu.convolves((65, 16, 16, 64), jnp.float32, 64) is None  # more than caches hold
     assert cpu.convolves((2, 32, 32, 192), jnp.bfloat16, 192) is None
     assert cpu.convolves((1, 14, 14, 192), jnp.float32, 192) is None  # few pixels

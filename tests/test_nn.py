@@ -46,7 +46,7 @@ def test_of_the_compilers_first_choices_all_but_convolutions_stay():
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in net.shapes.items()}
     x = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.float32)
 
-    def both(params, x):
+    def network_and_sums(params, x):
         rows = x.reshape(-1, 64)
         return net(params, x), rows @ params["weight"][:, :, 0, 0], jnp.square(rows).sum()
 
@@ -58,9 +58,11 @@ def test_of_the_compilers_first_choices_all_but_convolutions_stay():
         return {kind for kind in ("convolution", "dot", "reduce") if f" {kind}(" in str(bodies)}
 
     told = training.compiler_options(training.Options(8), "cpu")
-    assert chosen(jax.jit(both)) == {"convolution", "dot", "reduce"}, "what is told is of no use"
-    assert chosen(kernels.jit(both)) == {"dot", "reduce"}
-    assert chosen(jax.jit(both, compiler_options=told)) == {"dot", "reduce"}
+    assert chosen(jax.jit(network_and_sums)) == {"convolution", "dot", "reduce"}, (
+        "what is told is of no use"
+    )
+    assert chosen(kernels.jit(network_and_sums)) == {"dot", "reduce"}
+    assert chosen(jax.jit(network_and_sums, compiler_options=told)) == {"dot", "reduce"}
 
 
 def test_a_compiler_that_knows_no_such_choice_is_not_told(monkeypatch):

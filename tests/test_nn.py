@@ -40,7 +40,7 @@ def test_a_training_convolves_in_the_form_whose_gradient_is_fast():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="libraries for CPU")
-def test_of_the_compilers_first_choices_all_but_convolutions_stay():
+def test_of_the_compilers_first_choices_all_but_convolutions_stay(monkeypatch):
     """These use one core; sums without theirs would be of squares written to memory."""
     net = Net(Conv2d(64, 64, 3, padding=1))
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in net.shapes.items()}
@@ -61,7 +61,10 @@ def test_of_the_compilers_first_choices_all_but_convolutions_stay():
     assert chosen(jax.jit(network_and_sums)) == {"convolution", "dot", "reduce"}, (
         "what is told is of no use"
     )
+    monkeypatch.setattr(kernels.cpu, "pictures_alike", lambda: True)
     assert chosen(kernels.jit(network_and_sums)) == {"dot", "reduce"}
+    monkeypatch.setattr(kernels.cpu, "pictures_alike", lambda: False)
+    assert chosen(kernels.jit(network_and_sums)) == {"convolution", "dot", "reduce"}
     assert chosen(jax.jit(network_and_sums, compiler_options=told)) == {"dot", "reduce"}
 
 

@@ -5,6 +5,7 @@ All of it is plain JAX: products of plain matrices, in pieces that fit the cache
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +35,19 @@ def all_cores() -> dict[str, str]:
     except jax.errors.JaxRuntimeError:
         return {}
     return PRODUCTS_AND_SUMS
+
+
+@functools.cache
+def pictures_alike() -> bool:
+    """Whether, with `all_cores`, a picture's bits do not depend on its place in the batch.
+
+    With AVX-512 they do not. With AVX2 the last pixels of a batch, where they do not fill a block,
+    are added up in another order. Of other processors it is not known. (YNNPACK's never do.)
+    """
+    try:
+        return "avx512f" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # not Linux
+        return False
 
 
 def attends_in_blocks(shape: tuple[int, ...], keys: int) -> bool:

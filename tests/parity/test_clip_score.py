@@ -81,8 +81,9 @@ def test_the_file_of_a_whole_processor_is_read(tmp_path):
 def test_grey_pictures_are_taken_as_grey(folder):
     judge = load_judge(folder)
     grey = PICTURES[0][:, :, :1]
-    same = judge.image_features([grey, np.repeat(grey, 3, axis=2)])
-    np.testing.assert_array_equal(same[0], same[1])
+    # Each alone: on some processors the place in a batch changes the last bits
+    same = [judge.image_features([picture]) for picture in (grey, np.repeat(grey, 3, axis=2))]
+    np.testing.assert_array_equal(*same)
 
 
 @pytest.mark.parametrize(

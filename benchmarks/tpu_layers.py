@@ -5,7 +5,8 @@
 compiles each with 8 rows in bfloat16 for one chip, a v5e, and prints estimates by bundles
 (tpu_bundles.py). attention: four projections and the attention between them, by our kernel, by
 jax's own for TPUs (flash, splash), and by XLA. resnet, a ResNet block, and feed-forward, of a
-transformer from its norm to its residual: by our kernels, and by XLA.
+transformer from its norm to its residual: by our kernels, and by XLA. With --gradient as in a
+training: the layer, and the gradients of all that it takes.
 """
 
 import contextlib
@@ -54,6 +55,7 @@ class Options:
     rows: int = 8
     topology: str = "v5e:2x4"
     """Of whose chips one is compiled for."""
+    gradient: bool = False
 
 
 class Fed(nnx.Module):
@@ -74,14 +76,23 @@ def _filled(x: jax.Array) -> jax.Array:
 
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     t, d = q.shape[1], q.shape[3]
-    sizes = BlockSizes(min(512, t), min(1024, t), min(1024, t), 1)
+    q_block, k_block = min(512, t), min(1024, t)
+    sizes = BlockSizes(
+        block_q=q_block, block_k_major=k_block, block_k=k_block, block_b=1,
+        block_q_major_dkv=q_block, block_q_dkv=q_block, block_k_major_dkv=k_block,
+        block_k_dkv=k_block, block_q_dq=q_block, block_k_major_dq=k_block, block_k_dq=k_block,
+    )  # fmt: skip
     o = flash_attention(*map(_filled, (q, k, v)), sm_scale=d**-0.5, block_sizes=sizes)
     return o[..., :d].transpose(0, 2, 1, 3)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     t, h, d = q.shape[1:]
-    sizes = splash.BlockSizes(min(512, t), min(1024, t), min(1024, t))
+    q_block, k_block = min(512, t), min(1024, t)
+    sizes = splash.BlockSizes(
+        block_q=q_block, block_kv=k_block, block_kv_compute=k_block, block_q_dkv=q_block,
+        block_kv_dkv=k_block, block_kv_dkv_compute=k_block, block_q_dq=q_block, block_kv_dq=k_block,
+    )  # fmt: skip
     mask = masks.MultiHeadMask([masks.FullMask((t, t))] * h)
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     o = jax.vmap(kernel)(*map(_filled, (q * d**-0.5, k, v)))
@@ -147,6 +158,16 @@ def forms(
     return name, (params, *given), {"ours": ours, "XLA": plain}
 
 
+def pulled(form: Callable) -> Callable:
+    """The gradients of what the form takes, for a gradient of what it gives."""
+
+    def both(gradient: jax.Array, *given: Any) -> Any:
+        made, pull = jax.vjp(form, *given)
+        return made, pull(gradient)
+
+    return both
+
+
 def main(options: Options) -> None:
     folder = Path(tempfile.mkdtemp())
     os.environ["LIBTPU_INIT_ARGS"] = tpu_bundles.FLAGS.format(folder=folder)
@@ -164,7 +185,11 @@ def main(options: Options) -> None:
         print(f"| {layer} {name} | ms | of it kernels |\n| --- | --- | --- |")
         for way, form in ways.items():
             with kernels.compiling_for("tpu", split):
-                lowered = jax.jit(form).lower(*given)
+                taken = given
+                if options.gradient:
+                    taken = (array(*jax.eval_shape(form, *given).shape), *given)
+                    form = pulled(form)
+                lowered = jax.jit(form).lower(*taken)
             text = lowered.compile().as_text()
             found = tpu_estimate.Program(text, chip, tpu_bundles.read(folder))
             of_kernels = sum(row.seconds for row in found.rows if row.kind == "kernel")

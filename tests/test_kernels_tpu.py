@@ -62,21 +62,33 @@ def test_the_plain_form_and_its_gradients(t, s, d, straight, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind, d, block",
-    [("TPU v5 lite", 40, 128), ("TPU v5 lite", 64, 256), ("TPU v6 lite", 40, 256), ("", 40, 128)],
+    "kind, d, of_both",
+    [
+        ("TPU v5 lite", 40, [128, 128]),
+        ("TPU v5 lite", 64, [256, 128]),
+        ("TPU v6 lite", 40, [256, 256]),
+        ("", 40, [128, 128]),
+    ],
 )
-def test_as_many_keys_at_a_time_as_the_chip_adds_up(kind, d, block, monkeypatch):
-    forward, blocks = tpu._forward, []
+def test_as_many_keys_at_a_time_as_the_chip_adds_up(kind, d, of_both, monkeypatch):
+    blocks = []
 
-    def seen(*given):
-        blocks.append(given[4])
-        return forward(*given)
+    def watch(name):
+        run = getattr(tpu, name)
 
-    monkeypatch.setattr(tpu, "_forward", seen)
+        def seen(*given):
+            *_, block, _interpret = given
+            blocks.append(block)
+            return run(*given)
+
+        monkeypatch.setattr(tpu, name, seen)
+
+    watch("_forward")
+    watch("_backward")
     given = arrays(1, 128, 1000, 1, d)
     ours = functools.partial(interpreted, kind=kind)
     assert_near(with_gradients(ours)(*given), with_gradients(plain)(*given))
-    assert blocks == [block]
+    assert blocks == of_both
 
 
 def test_padding_has_no_share_where_all_scores_are_low():

@@ -89,9 +89,9 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, kind: str, interpret: bool)
     q = _pad(q, 3, _block(t, QUERIES, LANES)[1])
     padded = _block(s, UNROLLED * KEYS, KEYS)[1]
     # Twice as many, where they cover the keys in as many pieces of straight code
-    covered = _block(padded, UNROLLED * KEYS, 2 * KEYS)[1] == padded
-    block = 2 * KEYS if covered and (d >= 64 or kind in WIDE) else KEYS
-    o: Any = _attend(q, _pad(k, 2, padded), _pad(v, 3, padded), s, block, interpret)
+    most = 2 * KEYS if _block(padded, UNROLLED * KEYS, 2 * KEYS)[1] == padded else KEYS
+    blocks = most if d >= 64 or kind in WIDE else KEYS, most if kind in WIDE else KEYS
+    o: Any = _attend(q, _pad(k, 2, padded), _pad(v, 3, padded), s, blocks, interpret)
     return o[..., :t].transpose(0, 3, 1, 2)
 
 
@@ -134,25 +134,27 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _attend(q: Any, k: Any, v: Any, keys: int, block: int, interpret: bool) -> Any:
+def _attend(q: Any, k: Any, v: Any, keys: int, blocks: tuple[int, int], interpret: bool) -> Any:
     """q [b, h, d, t], k [b, h, s, d], v [b, h, d, s] -> [b, h, d, t], of the first `keys` keys.
 
-    `block` of which are taken at a time; for the gradient, which holds more of each, `KEYS`.
+    blocks: how many of which are taken at a time, and for the gradient, which holds more of each.
     """
-    return _forward(q, k, v, keys, block, interpret)[0]
+    return _forward(q, k, v, keys, blocks[0], interpret)[0]
 
 
-def _attend_forward(q: Any, k: Any, v: Any, keys: int, block: int, interpret: bool) -> Any:
+def _attend_forward(
+    q: Any, k: Any, v: Any, keys: int, blocks: tuple[int, int], interpret: bool
+) -> Any:
     # Named for `nn.rematerialise`: "selective" need not run the kernel again for these.
-    made = _forward(q, k, v, keys, block, interpret)
+    made = _forward(q, k, v, keys, blocks[0], interpret)
     o, log_sum = (checkpoint_name(x, "attention") for x in made)
     return o, (q, k, v, o, log_sum)
 
 
-def _attend_backward(keys: int, block: int, interpret: bool, kept: Any, do: Any) -> Any:
-    q, k, v, o, log_sum = kept
-    k_t, v_t = (x.swapaxes(2, 3) for x in (k, v))
-    return _backward(q, k, k_t, v_t, o, do, log_sum, keys, interpret)
+def _attend_backward(
+    keys: int, blocks: tuple[int, int], interpret: bool, kept: Any, do: Any
+) -> Any:
+    return _backward(kept, do, keys, blocks[1], interpret)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -210,12 +212,11 @@ def _forward(
 
 
 def _backward(
-    q: Any, k: Any, k_t: Any, v_t: Any, o: Any, do: Any, log_sum: Any, keys: int, interpret: bool
+    kept: tuple[Any, ...], do: Any, keys: int, block: int, interpret: bool
 ) -> tuple[jax.Array, ...]:
-    """The gradients of q, k and v, in their shapes: k's and v's are summed over blocks of q.
-
-    k_t, v_t: k and v, transposed.
-    """
+    """The gradients of q, k and v, in their shapes: k's and v's are summed over blocks of q."""
+    q, k, v, o, log_sum = kept
+    k_t, v_t = (x.swapaxes(2, 3) for x in (k, v))
     b, h, d, t = q.shape
     s = k.shape[2]
     rows = next(rows for rows in range(QUERIES // 2, 0, -LANES) if t % rows == 0)
@@ -234,19 +235,19 @@ def _backward(
             dv_sum[...] = jnp.zeros_like(dv_sum)
 
         def products(at: Any) -> Any:
-            d_weights = product(v_t_ref[0, 0, pl.ds(at, KEYS), :], d_out)
-            return _scores(k_ref, queries, at, KEYS, keys), d_weights
+            d_weights = product(v_t_ref[0, 0, pl.ds(at, block), :], d_out)
+            return _scores(k_ref, queries, at, block, keys), d_weights
 
         def step(dq: jax.Array, made: Any, at: Any) -> jax.Array:
             scores, d_weights = made
-            here = (slice(None), pl.ds(at, KEYS))
+            here = (slice(None), pl.ds(at, block))
             weights = jnp.exp2(scores - log_sum)
             d_scores = (weights * (d_weights - of_out)).astype(queries.dtype)
             dv_sum[here] += product(d_out, weights.astype(d_out.dtype), 1)
             dk_sum[here] += product(queries, d_scores, 1)
-            return dq + product(k_t_ref[0, 0, :, pl.ds(at, KEYS)], d_scores)
+            return dq + product(k_t_ref[0, 0, :, pl.ds(at, block)], d_scores)
 
-        dq = _over_keys(step, jnp.zeros((d, rows), jnp.float32), products, s, KEYS)
+        dq = _over_keys(step, jnp.zeros((d, rows), jnp.float32), products, s, block)
         dq_ref[0, 0] = (dq * log_2).astype(dq_ref.dtype)
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
